@@ -1,0 +1,1 @@
+"""The Ray programs, one file a job: `ray job submit -- python jobs/<job>.py`."""
