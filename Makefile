@@ -1,0 +1,53 @@
+# make demo   install, start Ray and MLflow on loopback, run both jobs: minutes on a laptop
+# make test   the whole test suite          make check  format, lint, types, import contracts
+# make up / make down                       start / stop exactly the two servers
+# make install                              .venv with everything (what the others begin with)
+
+PYTHON ?= python3.11
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help install demo up down test test-fast check format pins
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install: .venv/.installed
+
+# One requirements file pins everything; uv installs it in under a minute.
+.venv/.installed: requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	test -x .venv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
+	.venv/bin/uv pip sync --quiet --python $(PY) requirements.txt
+	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --editable .
+	@touch $@
+
+demo: install
+	@$(PY) cluster/local/cluster.py demo
+
+up: install
+	@$(PY) cluster/local/cluster.py up
+
+down:
+	@if test -x $(PY); then $(PY) cluster/local/cluster.py down; else echo "nothing to stop"; fi
+
+test: install
+	$(PY) -m pytest -m "not slow" -n 2
+	$(PY) -m pytest -m slow
+
+test-fast: install
+	$(PY) -m pytest -m "not slow" -n 2
+
+check: install
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: install
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+# Newest versions that satisfy pyproject.toml.
+pins: install
+	.venv/bin/uv pip compile --quiet --no-header --no-annotate --all-extras --upgrade pyproject.toml -o requirements.txt

@@ -1,0 +1,189 @@
+"""A benchmark: its queries with their right answers, its gallery and its protocol. Checked once, here, for
+all loaders.
+
+Also the reader of the queries file that the scenes benchmark and catalogues share: JSON Lines, one query a
+line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from cir_core import files
+from cir_core.schema import CirError, Query
+
+METRIC_NAMES = ("recall", "recall_subset", "map", "pessimistic_recall")
+_METRIC = re.compile(rf"({'|'.join(METRIC_NAMES)})@([1-9]\d*)")
+_REQUIRED = ("query_id", "reference", "relative_caption")
+_LISTS = ("target_ids", "subset_ids")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Queries, gallery and protocol of one split. Building one checks it; a fault is a CirError naming the
+    query.
+
+    name, split: as asked for at `load_benchmark`.
+    queries: in file order. gallery_ids: in gallery order, which is the order that breaks ties.
+    protocol: every choice that changes a score, printed with it. `reference` is "removed" (a query's
+    reference is
+        taken out of its own ranking) or "kept".
+    metrics: what `evaluate` computes, such as "recall@10"; their names are METRIC_NAMES. headline: the one to
+    quote.
+    image_shards: URI of the folder of image-text shards whose keys are the gallery ids; "" when there is
+    none.
+    query_kinds: query id -> kind, for metrics by kind; empty when the benchmark has no kinds.
+    has_targets: False for a split whose answers only a test server knows.
+    """
+
+    name: str
+    split: str
+    queries: tuple[Query, ...]
+    gallery_ids: tuple[str, ...]
+    protocol: Mapping[str, object]
+    metrics: tuple[str, ...]
+    headline: str
+    image_shards: str = ""
+    query_kinds: Mapping[str, str] = field(default_factory=dict)
+    has_targets: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that every name resolves and that every query can be scored."""
+        if not self.queries or not self.gallery_ids:
+            raise CirError(f"{self}: {len(self.queries)} queries, {len(self.gallery_ids)} gallery images; need both")
+        _refuse_duplicates(f"{self}: gallery id", self.gallery_ids)
+        _refuse_duplicates(f"{self}: query id", (query.query_id for query in self.queries))
+        gallery = frozenset(self.gallery_ids)
+        if "" in gallery:
+            raise CirError(f"{self}: an empty gallery id; the empty string marks an empty place of a ranking")
+        for query in self.queries:
+            self._check_query(query, gallery)
+        if self.protocol.get("reference") not in ("removed", "kept"):
+            raise CirError(f"{self}: protocol['reference'] must be 'removed' or 'kept', not {self.protocol!r}")
+        if self.headline not in self.metrics:
+            raise CirError(f"{self}: the headline {self.headline!r} is not among its metrics {self.metrics}")
+        for metric in self.metrics:
+            metric_parts(metric)
+
+    def __str__(self) -> str:
+        return f"benchmark {self.name!r} split {self.split!r}"
+
+    @property
+    def reference_removed(self) -> bool:
+        """Whether a query's reference is taken out of its own ranking before it is scored."""
+        return self.protocol["reference"] == "removed"
+
+    @property
+    def max_k(self) -> int:
+        """The deepest k of the metrics that read the ranking from its top."""
+        return max(k for name, k in map(metric_parts, self.metrics) if name != "recall_subset")
+
+    def _check_query(self, query: Query, gallery: frozenset[str]) -> None:
+        where = f"{self}: query {query.query_id!r}"
+        if query.reference_id not in gallery:
+            raise CirError(f"{where}: its reference {query.reference_id!r} is not in the gallery")
+        if self.has_targets and not query.target_ids:
+            raise CirError(f"{where}: has no ground truth (target_ids is empty)")
+        _refuse_duplicates(f"{where}: target", query.target_ids)
+        _refuse_duplicates(f"{where}: subset member", query.subset_ids)
+        for noun, ids in (("target", query.target_ids), ("subset member", query.subset_ids)):
+            for missing in (name for name in ids if name not in gallery):
+                raise CirError(f"{where}: its {noun} {missing!r} is not in the gallery")
+        if self.reference_removed and query.reference_id in query.target_ids:
+            raise CirError(f"{where}: its reference {query.reference_id!r} is a target, yet removed by the protocol")
+
+
+def metric_parts(metric: str) -> tuple[str, int]:
+    """Split a metric's name into its kind and its k; CirError for an unknown one.
+
+    >>> metric_parts("recall@10")
+    ('recall', 10)
+    """
+    match = _METRIC.fullmatch(metric)
+    if match is None:
+        known = ", ".join(f"{name}@K" for name in METRIC_NAMES)
+        raise CirError(f"unknown metric {metric!r}; known: {known} with K at least 1")
+    return match[1], int(match[2])
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """Return the tail of an error message: the closest known names first, then all of them.
+
+    >>> near_matches("scene", ["scenes", "cirr"])
+    "did you mean 'scenes'? known: cirr, scenes"
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=2)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}known: {', '.join(names) or 'none'}"
+
+
+def read_queries(uri: str) -> tuple[tuple[Query, ...], dict[str, str]]:
+    """Read a queries file; return its queries in file order and the kind of each query that names one.
+
+    A line is a JSON object: query_id, reference, relative_caption (strings), and optionally target_ids,
+    subset_ids (lists of strings) and kind (a string). Blank lines are skipped; an empty relative_caption is
+    allowed. Raises CirError naming the line for anything else: broken JSON, a key missing or unknown, a wrong
+    type.
+    """
+    queries: list[Query] = []
+    kinds: dict[str, str] = {}
+    for number, line in enumerate(files.read_bytes(uri).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{files.redact(uri)}, line {number}"
+        try:
+            row = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CirError(f"{where}: not a JSON object ({error})") from None
+        query = _query_from(row, where)
+        queries.append(query)
+        if "kind" in row:
+            kinds[query.query_id] = _text(row, "kind", where)
+    return tuple(queries), kinds
+
+
+def _query_from(row: object, where: str) -> Query:
+    if not isinstance(row, dict):
+        raise CirError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    known = (*_REQUIRED, *_LISTS, "kind")
+    for key in row:
+        if key not in known:
+            raise CirError(f"{where}: unknown key {key!r}; {near_matches(key, known)}")
+    return Query(
+        query_id=_text(row, "query_id", where),
+        reference_id=_text(row, "reference", where),
+        relative_caption=_text(row, "relative_caption", where, may_be_empty=True),
+        target_ids=_names(row, "target_ids", where),
+        subset_ids=_names(row, "subset_ids", where),
+    )
+
+
+def _text(row: dict[str, object], key: str, where: str, *, may_be_empty: bool = False) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not (value or may_be_empty):
+        found = repr(value) if key in row else "no such key"
+        raise CirError(f"{where}: {key} must be a {'' if may_be_empty else 'non-empty '}string, found {found}")
+    return value
+
+
+def _names(row: dict[str, object], key: str, where: str) -> tuple[str, ...]:
+    value = row.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise CirError(f"{where}: {key} must be a list of non-empty strings, found {value!r}")
+    return tuple(value)
+
+
+def _refuse_duplicates(what: str, names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise CirError(f"{what} {name!r} is listed twice")
+        seen.add(name)
+
+
+Loader = Callable[..., Benchmark]

@@ -1,0 +1,195 @@
+"""Read a committed store: blocks in row order, ids, single rows, and a check of everything."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cir_core import files
+from cir_core.embedding_store.manifest import Manifest, PartInfo
+from cir_core.schema import CirError
+
+Embeddings = npt.NDArray[np.float32] | npt.NDArray[np.float16]
+_ID_BATCH_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive rows of a store. offset: global index of the first; embeddings: [n, D], read-only.
+
+    columns: the asked-for columns; string columns as lists, caption_embedding as an array [n, D].
+    """
+
+    offset: int
+    id_array: pa.Array
+    embeddings: Embeddings
+    columns: Mapping[str, list[str | None] | Embeddings]
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids as Python strings."""
+        ids: list[str] = self.id_array.to_pylist()
+        return ids
+
+
+class EmbeddingStore:
+    """A committed store, opened for reading. Use `EmbeddingStore.open`."""
+
+    def __init__(self, uri: str, manifest: Manifest) -> None:
+        self.uri, self.manifest = uri, manifest
+
+    @classmethod
+    def open(cls, uri: str) -> EmbeddingStore:
+        """Open a store; CirError if it was never committed or its manifest is damaged."""
+        manifest_uri = files.join(uri, "manifest.json")
+        if not files.exists(manifest_uri):
+            started = files.exists(files.join(uri, "_progress"))
+            state = "was started and not committed: run the job that writes it again" if started else "does not exist"
+            raise CirError(f"{files.redact(uri)}: this embedding store {state} (no manifest.json)")
+        return cls(uri, Manifest.from_json(files.read_json(manifest_uri), files.redact(manifest_uri)))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of embeddings."""
+        return self.manifest.num_rows
+
+    @property
+    def identity(self) -> str:
+        """The identity of what made the store."""
+        return self.manifest.identity
+
+    @property
+    def parts(self) -> tuple[PartInfo, ...]:
+        """The parts, in row order."""
+        return self.manifest.parts
+
+    def _part_uri(self, part: PartInfo) -> str:
+        return files.join(self.uri, f"{part.name}.parquet")
+
+    def _chosen(self, parts: Sequence[int] | None) -> Iterator[tuple[int, PartInfo]]:
+        """Yield the global offset of each chosen part with the part; empty parts are left out."""
+        unknown = set(parts or ()) - set(range(len(self.parts)))
+        if unknown:
+            raise CirError(
+                f"{files.redact(self.uri)} has parts 0 to {len(self.parts) - 1}; asked for {sorted(unknown)}"
+            )
+        offset = 0
+        for part in self.parts:
+            if part.num_rows and (parts is None or part.index in parts):
+                yield offset, part
+            offset += part.num_rows
+
+    def iter_blocks(
+        self, block_rows: int = 65_536, parts: Sequence[int] | None = None, columns: Sequence[str] = ()
+    ) -> Iterator[Block]:
+        """Yield all rows, or those of the given parts, in row order, in blocks of at most `block_rows` rows.
+
+        A block never spans two parts; embeddings are used as Arrow read them, without a copy.
+        Raises CirError for a column or part that does not exist and for a damaged part.
+        """
+        unknown = [column for column in columns if column not in self.manifest.columns]
+        if unknown:
+            raise CirError(f"{files.redact(self.uri)}: no column {unknown[0]!r}; it has {self.manifest.columns}")
+        if block_rows < 1:
+            raise CirError(f"block_rows must be at least 1, not {block_rows}")
+        for offset, part in self._chosen(parts):
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                for batch in file.iter_batches(block_rows, columns=["id", "embedding", *columns]):
+                    extra = {column: _values(batch.column(column)) for column in columns}
+                    yield Block(offset, batch.column("id"), _matrix(batch.column("embedding")), extra)
+                    offset += batch.num_rows
+
+    def iter_ids(self) -> Iterator[tuple[int, pa.Array]]:
+        """Yield (global offset, ids) in row order, without reading embeddings."""
+        for offset, part in self._chosen(None):
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                for batch in file.iter_batches(_ID_BATCH_ROWS, columns=["id"]):
+                    yield offset, batch.column("id")
+                    offset += batch.num_rows
+
+    def read_ids(self) -> list[str]:
+        """Return every id in row order. For large stores use iter_ids or ids_at."""
+        return [one for _, ids in self.iter_ids() for one in ids.to_pylist()]
+
+    def ids_at(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.object_]:
+        """Return the ids of global row numbers as an object array of the same shape; streams over all ids."""
+        flat = np.asarray(rows).reshape(-1)
+        if flat.size and not (flat.min() >= 0 and flat.max() < self.num_rows):
+            raise CirError(f"{files.redact(self.uri)}: row numbers must lie in [0, {self.num_rows})")
+        order = np.argsort(flat, kind="stable")
+        found = np.empty(flat.size, dtype=object)
+        for offset, ids in self.iter_ids():
+            low, high = np.searchsorted(flat[order], [offset, offset + len(ids)])
+            chosen = order[low:high]
+            found[chosen] = ids.take(pa.array(flat[chosen] - offset)).to_pylist()
+        return found.reshape(np.shape(rows))
+
+    def take(self, ids: Sequence[str]) -> Embeddings:
+        """Return the embeddings [len(ids), D] of the given ids; reads only the row groups that hold one.
+
+        Raises CirError naming the ids that the store does not hold.
+        """
+        wanted = pa.array(list(dict.fromkeys(ids)), pa.string())
+        places = {one: place for place, one in enumerate(wanted.to_pylist())}
+        found = np.zeros((len(wanted), self.manifest.spec.dim), dtype=self.manifest.spec.dtype)
+        missing = set(places)
+        for _, part in self._chosen(None):
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                for group in range(file.num_row_groups):
+                    held = file.read_row_group(group, columns=["id"]).column("id").combine_chunks()
+                    rows = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
+                    if rows.size:
+                        column = file.read_row_group(group, columns=["embedding"]).column("embedding")
+                        names = held.take(pa.array(rows)).to_pylist()
+                        found[[places[one] for one in names]] = _matrix(column.combine_chunks())[rows]
+                        missing -= set(names)
+        if missing:
+            shown = ", ".join(repr(one) for one in sorted(missing)[:5])
+            raise CirError(f"{files.redact(self.uri)}: {len(missing)} ids are not in the store, such as {shown}")
+        return found[[places[one] for one in ids]]
+
+    def verify(self) -> list[str]:
+        """Read every file and return what is wrong in words; an empty list means the store is sound."""
+        problems = [problem for part in self.parts for problem in self._verify_part(part)]
+        expected = {f"{part.name}.parquet" for part in self.parts}
+        listed = {file.name for file in files.list_files(self.uri, recursive=False)}
+        problems += [f"{name}: not in the manifest" for name in sorted(listed - expected) if name.startswith("part-")]
+        return problems
+
+    def _verify_part(self, part: PartInfo) -> Iterator[str]:
+        try:
+            data = files.read_bytes(self._part_uri(part))
+            digest = hashlib.sha256(data).hexdigest()
+            if digest != part.sha256 or len(data) != part.size_bytes:
+                yield f"{part.name}: checksum {digest[:12]}, expected {part.sha256[:12]} ({len(data)} bytes)"
+                return
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                if file.metadata.num_rows != part.num_rows:
+                    yield f"{part.name}: {file.metadata.num_rows} rows, manifest: {part.num_rows}"
+            with files.open_parquet(files.join(self.uri, "rejects", f"{part.name}.parquet"), "part") as file:
+                if file.metadata.num_rows != part.num_rejects:
+                    yield f"{part.name}: {file.metadata.num_rows} rejects, manifest: {part.num_rejects}"
+        except CirError as error:
+            yield f"{part.name}: {error}"
+
+
+def _matrix(column: pa.Array) -> Embeddings:
+    """Return a fixed-size-list column as an array [n, D], without a copy."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    matrix: Embeddings = column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), column.type.list_size)
+    return matrix
+
+
+def _values(column: pa.Array) -> list[str | None] | Embeddings:
+    if pa.types.is_fixed_size_list(column.type):
+        return _matrix(column)
+    texts: list[str | None] = column.to_pylist()
+    return texts

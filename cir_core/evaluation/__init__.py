@@ -1,0 +1,17 @@
+"""From a ranking to a score with its protocol, and rankings on disk."""
+
+from cir_core.evaluation.protocol import apply_protocol
+from cir_core.evaluation.rankings import load_ranking, save_ranking
+from cir_core.evaluation.scoring import EvaluationResult, compare, evaluate
+from cir_core.evaluation.submission import validate_submission, write_submission
+
+__all__ = [
+    "EvaluationResult",
+    "apply_protocol",
+    "compare",
+    "evaluate",
+    "load_ranking",
+    "save_ranking",
+    "validate_submission",
+    "write_submission",
+]

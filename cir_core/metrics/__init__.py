@@ -1,0 +1,24 @@
+"""Retrieval metrics and their uncertainty: ids in, one number per query out; the mean is the score."""
+
+from cir_core.metrics.bootstrap import Interval, PairedComparison, bootstrap_interval, paired_bootstrap
+from cir_core.metrics.retrieval import (
+    average_precision_at_k,
+    first_hit_rank,
+    hits,
+    pessimistic_rank,
+    recall_at_k,
+    recall_subset_at_k,
+)
+
+__all__ = [
+    "Interval",
+    "PairedComparison",
+    "average_precision_at_k",
+    "bootstrap_interval",
+    "first_hit_rank",
+    "hits",
+    "paired_bootstrap",
+    "pessimistic_rank",
+    "recall_at_k",
+    "recall_subset_at_k",
+]

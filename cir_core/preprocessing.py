@@ -1,0 +1,232 @@
+"""From the bytes of an image file to uint8 pixels of a fixed size, and from those to a model's input.
+
+Files are hostile: sizes are checked before anything is decoded, and whatever is wrong becomes an
+`ImageError` with one of `IMAGE_ERROR_REASONS`. For JPEG and PNG the pixels are exactly those of open_clip's
+evaluation transform. Decoding is at full scale: a JPEG decoder's own reduction would change the pixels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cir_core.schema import CirError
+
+Mode = Literal["center_crop", "target_pad", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+
+MAX_PIXELS = 1 << 26
+"""Default limit of decoded and of intermediate pixels: 67 million, 200 MB in RGB."""
+MAX_BYTES = 64 << 20
+"""Default limit of a file's size in bytes."""
+TARGET_RATIO = 1.25
+"""target_pad pads images that are longer than this: the value of CLIP4Cir and of the work built on it."""
+
+IMAGE_ERROR_REASONS = {
+    "empty": "zero bytes",
+    "too_large": "the file is larger than max_bytes",
+    "too_many_pixels": "the header announces more than max_pixels",
+    "extreme_shape": "so long and thin that resizing or padding it would need more than max_pixels",
+    "truncated": "the file ends early",
+    "unreadable": "not an image of a known format, or a damaged one",
+    "unsupported_mode": "pixels without a defined range, such as floating point",
+}
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_CUT_SHORT = re.compile(r"truncat|not enough image data|end of file", re.IGNORECASE)
+_UPRIGHT = {  # EXIF orientation (tag 0x0112) -> the operation that undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_RESIZED_AS_THEY_ARE = ("RGB", "L", "RGBA", "LA")  # as open_clip does: converted to RGB after resizing
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. reason: one of IMAGE_ERROR_REASONS; detail: what a person should know."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image becomes a square of `size` x `size` pixels.
+
+    mode: "center_crop" resizes the shorter side and crops the middle; "target_pad" first pads images longer
+    than 5:4 with black, then does the same; "squash" resizes both sides and ignores the aspect ratio.
+    Raises CirError for values that do not exist.
+    """
+
+    size: int
+    mode: Mode = "center_crop"
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= 4096:
+            raise CirError(f"preprocessing size must be between 1 and 4096 pixels, not {self.size}")
+        for name, value, known in (
+            ("mode", self.mode, get_args(Mode)),
+            ("interpolation", self.interpolation, get_args(Interpolation)),
+        ):
+            if value not in known:
+                near = difflib.get_close_matches(str(value), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise CirError(f"preprocessing {name} {value!r} is not one of {', '.join(known)}{hint}")
+
+    @property
+    def tag(self) -> str:
+        """The name that goes into identities.
+
+        >>> Preprocessing(64).tag
+        'center_crop-64-bicubic'
+        """
+        return f"{self.mode}-{self.size}-{self.interpolation}"
+
+
+def preprocess_image(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> npt.NDArray[np.uint8]:
+    """Decode an image file and return uint8[3, size, size], RGB.
+
+    EXIF orientation is applied, the first frame of an animation is taken, transparency is dropped as by
+    open_clip (`convert("RGB")`), 16-bit grey keeps its high byte, and palettes, 1-bit and CMYK are
+    converted to RGB before resizing. Raises ImageError; emits no warning.
+    """
+    if not data:
+        raise ImageError("empty")
+    if len(data) > max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes, at most {max_bytes} allowed")
+    _silence_pillow()
+    image = _decode(data, max_pixels)
+    _check_shape(image.size, preprocessing, max_pixels)
+    pixels = np.asarray(_fit(image, preprocessing).convert("RGB"))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+_PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+def _silence_pillow() -> None:
+    """Ignore Pillow's warnings on size and odd metadata; safe in threads, as catch_warnings is not."""
+    if _PILLOW_FILTER not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Open, check the announced size, decode, turn upright and reduce to a mode that resizes well."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels}")
+            image.load()
+            operation = _UPRIGHT.get(_orientation(image))
+            plain = _plain_mode(image)
+            return plain.transpose(operation) if operation is not None else plain
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_many_pixels", f"{error}; at most {max_pixels}") from None
+    except UnidentifiedImageError:
+        raise ImageError("unreadable", f"no known image format; the file starts with {data[:16]!r}") from None
+    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
+        text = f"{type(error).__name__}: {error}"[:200]
+        cut = isinstance(error, EOFError) or _CUT_SHORT.search(text)
+        raise ImageError("truncated" if cut else "unreadable", text) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; metadata that cannot be read counts as none."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # as above; the pixels are sound
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _plain_mode(image: Image.Image) -> Image.Image:
+    if image.mode in _RESIZED_AS_THEY_ARE:
+        return image.copy() if image.mode == "RGB" else image.convert(image.mode)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ImageError("unsupported_mode", "floating point pixels; store 8-bit or 16-bit ones")
+    if image.mode in ("P", "PA") and (image.mode == "PA" or "transparency" in image.info):
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _resized(size: tuple[int, int], target: int) -> tuple[int, int]:
+    """Return width and height once the shorter side is `target`."""
+    width, height = size
+    short, long = min(size), max(size)
+    scaled = int(target * long / short)
+    return (target, scaled) if width <= height else (scaled, target)
+
+
+def _padding(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the pixels that target_pad adds left and right, and above and below (CLIP4Cir's TargetPad)."""
+    if max(size) / min(size) < TARGET_RATIO:
+        return 0, 0
+    wanted = max(size) / TARGET_RATIO
+    return max(int((wanted - size[0]) / 2), 0), max(int((wanted - size[1]) / 2), 0)
+
+
+def _check_shape(size: tuple[int, int], preprocessing: Preprocessing, max_pixels: int) -> None:
+    if preprocessing.mode == "squash":
+        return
+    width, height = size
+    if preprocessing.mode == "target_pad":
+        left, top = _padding(size)
+        width, height = width + 2 * left, height + 2 * top
+    resized = _resized((width, height), preprocessing.size)
+    if max(width * height, resized[0] * resized[1]) > max_pixels:
+        raise ImageError("extreme_shape", f"{size[0]} x {size[1]} pixels")
+
+
+def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Pad, resize and crop to size x size, in the arithmetic of torchvision's Resize and CenterCrop."""
+    size, resampling = preprocessing.size, _RESAMPLING[preprocessing.interpolation]
+    if preprocessing.mode == "squash":
+        return image.resize((size, size), resampling)
+    if preprocessing.mode == "target_pad" and any(_padding(image.size)):
+        left, top = _padding(image.size)
+        padded = Image.new(image.mode, (image.width + 2 * left, image.height + 2 * top))  # all black
+        padded.paste(image, (left, top))
+        image = padded
+    image = image.resize(_resized(image.size, size), resampling)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def normalize(images_uint8_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return float32[B, 3, H, W] = (images / 255 - mean) / std, on the device of the images.
+
+    Raises CirError if the images are not uint8[B, 3, H, W].
+    """
+    images = images_uint8_B3HW
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise CirError(f"normalize: expected uint8[B, 3, H, W], found {images.dtype}{list(images.shape)}")
+    shape = (1, 3, 1, 1)
+    mean_tensor = torch.tensor(list(mean), dtype=torch.float32, device=images.device).view(shape)
+    std_tensor = torch.tensor(list(std), dtype=torch.float32, device=images.device).view(shape)
+    return images.to(torch.float32).div_(255).sub_(mean_tensor).div_(std_tensor)

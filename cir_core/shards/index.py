@@ -1,0 +1,93 @@
+"""Index and read shards of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cir_core import files
+from cir_core.schema import CirError, Reject
+from cir_core.shards import images, parquet, tar
+from cir_core.shards.model import (
+    Sample,
+    ShardIndex,
+    Slice,
+    SliceBuilder,
+    check_count,
+    read_part,
+    read_rows,
+    sort_rows,
+)
+
+
+def _is_parquet(uri: str) -> bool:
+    name = files.redact(uri)
+    if name.endswith(".parquet"):
+        return True
+    if name.endswith(".tar"):
+        return False
+    raise CirError(f"{name}: a shard's name ends in .tar or .parquet (decompress a .tar.gz: slices need random access)")
+
+
+def index_shard(uri: str, *, slice_rows: int = 256, require_caption: bool = True) -> ShardIndex:
+    """Count the samples of a shard and cut it into slices of about `slice_rows` samples; decodes no image.
+
+    A local tar is skipped through; a remote one is streamed once. Index and reading must agree on
+    `require_caption`. Raises CirError for a file that is not what its suffix says; every smaller fault is a
+    Reject in the index.
+    """
+    if slice_rows < 1:
+        raise CirError(f"slice_rows must be at least 1, not {slice_rows}")
+    if _is_parquet(uri):
+        return parquet.index_parquet(uri, slice_rows=slice_rows, require_caption=require_caption)
+    name = files.redact(uri)
+    builder, rejects = SliceBuilder(uri, slice_rows), list[Reject]()
+    with tar.open_tar(uri) as stream:
+        rows = tar.tar_rows(stream, load=False, name=name)
+        for row, verdict in sort_rows(rows, shard=name, require_caption=require_caption):
+            if isinstance(verdict, Reject):
+                rejects.append(verdict)
+                builder.pass_over(duplicate=verdict.reason == "duplicate_key")
+            else:
+                builder.add(row.start, row.end)
+    builder.close()
+    return ShardIndex(uri, builder.num_samples, tuple(builder.slices), tuple(rejects), files.size_bytes(uri))
+
+
+def read_shard(uri: str, *, require_caption: bool = True) -> Iterator[Sample | Reject]:
+    """Stream a whole shard in stored order; holds one sample at a time (a few rows for Parquet).
+
+    Raises CirError for a file that is not what its suffix says.
+    """
+    name = files.redact(uri)
+    if _is_parquet(uri):
+        with parquet.open_parquet(uri, require_caption=require_caption) as shard:
+            rows = parquet.parquet_rows(shard, range(shard.num_row_groups), load=True)
+            yield from read_rows(rows, shard=name, require_caption=require_caption)
+    else:
+        with tar.open_tar(uri) as stream:
+            rows = tar.tar_rows(stream, load=True, name=name)
+            yield from read_rows(rows, shard=name, require_caption=require_caption)
+
+
+def read_slice(part: Slice, *, require_caption: bool = True) -> Iterator[Sample]:
+    """Yield exactly the `part.num_rows` samples that were counted, in order; one ranged read for a tar.
+
+    Raises CirError if the shard was changed since it was indexed.
+    """
+    return check_count(part, _slice_samples(part, require_caption=require_caption))
+
+
+def _slice_samples(part: Slice, *, require_caption: bool) -> Iterator[Sample]:
+    name = files.redact(part.shard)
+    if part.files:
+        rows = images.slice_rows(part)
+        yield from read_part(rows, part, shard=name, require_caption=require_caption)
+    elif _is_parquet(part.shard):
+        with parquet.open_parquet(part.shard, require_caption=require_caption) as shard:
+            if part.offset + part.length > shard.num_row_groups:
+                return
+            groups = range(part.offset, part.offset + part.length)
+            rows = parquet.parquet_rows(shard, groups, load=True)
+            yield from read_part(rows, part, shard=name, require_caption=require_caption)
+    else:
+        yield from read_part(tar.slice_rows(part), part, shard=name, require_caption=require_caption)

@@ -1,0 +1,412 @@
+"""Ray: sharded composed retrieval and evaluation, before and after an adapter, all methods and alphas side by side.
+
+    ray job submit -- python jobs/batch_retrieve.py                        # scenes, newest finished tat_train run
+    ray job submit -- python jobs/batch_retrieve.py --adapter none --alphas '[0.5, 0.8]' --methods '[slerp, sum]'
+    python jobs/batch_retrieve.py --help                                   # every setting
+
+The gallery's embedding stores are made if absent and reused by identity. alpha is chosen on one split and reported on
+another. Results: <storage_path>/batch_retrieve/<name>/ and MLflow: a parent run with a child per encoder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+from pydantic import Field, PositiveInt, field_validator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cir_core import files, scenes
+from cir_core.benchmarks import Benchmark, load_benchmark
+from cir_core.composition import METHODS, takes_alpha
+from cir_core.encoders import load_encoder
+from cir_core.evaluation import EvaluationResult, compare, evaluate, save_ranking
+from cir_core.lora import TatMetadata, local_adapter
+from cir_core.reporting import contact_sheet, plots
+from cir_core.schema import CirError, Ranking
+from cir_core.shards import Sample, list_shards, read_shard
+from jobs import tracking
+from jobs.config import JobConfig, flat_parameters, parse_config
+from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_store, find_units, store_spec
+from jobs.retrieval import Setting, encode_captions, retrieve, settings_of
+from jobs.session import check_resources, code_version, connect, run, say
+from jobs.storage import RunFolder, absolute, check_writable
+
+NEWEST, NONE = "newest", "none"
+SCENES_NOTE = "generated data: a smoke signal, not a benchmark result"
+
+
+class BatchRetrieveConfig(JobConfig):
+    """Settings of a retrieval run."""
+
+    name: str = Field("", description="Run name. Empty: made from the settings.")
+    benchmark: str = Field("scenes", description="Benchmark name.")
+    root: str = Field("", description="The benchmark's folder. Empty with 'scenes': generated under storage_path.")
+    split: str = Field("test", description="Split that is reported.")
+    select_split: str = Field("val", description="Split on which alpha is chosen; empty: the reported split itself.")
+    num_queries: PositiveInt = Field(300, description="Queries per split to generate for 'scenes'; ten pictures each.")
+    seed: int = Field(0, description="Seed of the generated benchmark and of the bootstrap.")
+    protocol: dict[str, Any] = Field(
+        {}, description='Protocol options of the benchmark, e.g. \'{"reference": "kept"}\'.'
+    )
+    model: str = Field("", description="Model; empty: the adapter's base model, or 'scenes-tiny' without an adapter.")
+    pretrained: str | None = Field(None, description="Weights tag of a named model, or a .safetensors file.")
+    adapter: str = Field(
+        NEWEST,
+        description="PEFT adapter folder or URI; 'newest': of the newest finished tat_train run of the experiment; "
+        "'none': the base model alone.",
+    )
+    methods: list[str] = Field(list(METHODS), description="Composition methods.")
+    alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
+        [round(0.1 * step, 1) for step in range(11)],
+        description="Text weights of the sweep; 0 image only, 1 text only.",
+    )
+    k: PositiveInt = Field(60, description="Length of the rankings; at least the benchmark's deepest metric.")
+    num_shards: PositiveInt = Field(2, description="Tasks that share the gallery; the result does not depend on it.")
+    batch_size: PositiveInt = Field(256, description="Images per encoder call.")
+    num_encoders: PositiveInt = Field(1, description="Actors that embed a missing gallery.")
+    use_gpu: bool = Field(False, description="One GPU per encoder.")
+    precision: str = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")
+    contact_sheet_rows: PositiveInt = Field(40, description="Queries shown with pictures.")
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: list[str]) -> list[str]:
+        for name in methods:
+            takes_alpha(name)  # an unknown name is an error that lists the known ones
+        if not methods or len(set(methods)) != len(methods):
+            raise ValueError("methods must name at least one method, none twice")
+        return methods
+
+    @field_validator("alphas")
+    @classmethod
+    def _some(cls, alphas: list[float]) -> list[float]:
+        if not alphas or len(set(alphas)) != len(alphas):
+            raise ValueError("alphas must hold at least one value, none twice")
+        return sorted(alphas)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One encoder that is compared. label: as people read it."""
+
+    label: str
+    model: str
+    pretrained: str | None
+    adapter: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One variant's rankings and scores on the reported split, and the alpha chosen for each method."""
+
+    variant: Variant
+    rankings: dict[Setting, Ranking]
+    results: dict[Setting, EvaluationResult]
+    chosen: dict[str, float | None]
+
+    def best(self, method: str) -> EvaluationResult:
+        """Return a method's result at its chosen alpha."""
+        return self.results[(method, self.chosen[method])]
+
+
+def find_adapter(config: BatchRetrieveConfig, uri: str) -> tuple[str | None, dict[str, str] | None]:
+    """Return the adapter's URI (None: base model alone) and the tat_train run it comes from, if known."""
+    if config.adapter == NONE:
+        return None, None
+    if config.adapter != NEWEST:
+        return config.adapter, None
+    found = tracking.latest_finished(uri, config.experiment, "tat_train")
+    if found is None:
+        raise CirError(
+            f"no finished tat_train run in experiment {config.experiment!r} at {uri}: run jobs/tat_train.py first, or set "
+            "--adapter to a PEFT folder or to none"
+        )
+    return found["adapter_uri"], found
+
+
+def find_variants(config: BatchRetrieveConfig, adapter: str | None) -> list[Variant]:
+    """Return the base model and, with an adapter, the tuned one."""
+    model, pretrained = config.model or "scenes-tiny", config.pretrained
+    if adapter is not None:
+        with local_adapter(adapter) as folder:
+            tat = TatMetadata.read(folder)
+        model, pretrained = config.model or tat.base_model, config.pretrained or tat.pretrained
+    base = Variant("before TAT" if adapter else "base model", model, pretrained, None)
+    return [base, Variant("after TAT", model, pretrained, adapter)] if adapter else [base]
+
+
+def find_benchmark(config: BatchRetrieveConfig, split: str) -> Benchmark:
+    """Load a split, generating scenes first where they are absent."""
+    root = config.root
+    if config.benchmark == "scenes" and not root:
+        root = files.join(
+            absolute(config.storage_path), "data", f"scenes-benchmark-{config.num_queries}-seed{config.seed}"
+        )
+        if not files.exists(files.join(root, split, "benchmark.json")):
+            say(f"generating {config.num_queries} composed queries ({split}) in {root}")
+            scenes.write_benchmark(root, split, config.num_queries, seed=config.seed)
+    if not root:
+        raise CirError(f"--root is needed: the folder that holds benchmark {config.benchmark!r}")
+    return load_benchmark(config.benchmark, root, split, **config.protocol)
+
+
+def gallery_plan(config: BatchRetrieveConfig, benchmark: Benchmark, variant: Variant) -> EmbedPlan:
+    """Plan a variant's store of a benchmark's gallery; its folder is named by its identity."""
+    encoder = load_encoder(variant.model, variant.pretrained, variant.adapter, "cpu")
+    units, digest = find_units(benchmark.image_shards)
+    spec = store_spec(encoder, dtype="float32", captions="text", input_digest=digest)
+    return EmbedPlan(
+        units=tuple(units),
+        output=files.join(absolute(config.storage_path), "stores", spec.identity.removeprefix("sha256:")[:16]),
+        spec=spec,
+        model=variant.model,
+        pretrained=variant.pretrained,
+        adapter=variant.adapter,
+        precision=config.precision,
+        preprocessing_mode=None,
+        captions="text",
+        batch_size=config.batch_size,
+        use_gpu=config.use_gpu,
+    )
+
+
+def score(
+    config: BatchRetrieveConfig, benchmark: Benchmark, plan: EmbedPlan, texts: Tensor
+) -> tuple[dict[Setting, Ranking], dict[Setting, EvaluationResult]]:
+    """Embed the gallery where needed, search it once for all settings, and evaluate each."""
+    store = embed_store(plan, num_encoders=config.num_encoders, max_rejects=0)
+    settings = settings_of(config.methods, config.alphas)
+    rankings = retrieve(benchmark, store, texts, settings, k=config.k, num_shards=config.num_shards)
+    return rankings, {
+        key: evaluate(ranking, benchmark, num_resamples=2000, seed=config.seed) for key, ranking in rankings.items()
+    }
+
+
+def choose(results: Mapping[Setting, EvaluationResult], headline: str) -> dict[str, float | None]:
+    """Return each method's alpha with the best headline metric; the smaller of equals."""
+    chosen: dict[str, tuple[float, float | None]] = {}
+    for (method, alpha), result in results.items():
+        value = result.metrics[headline]
+        if method not in chosen or value > chosen[method][0]:
+            chosen[method] = (value, alpha)
+    return {method: alpha for method, (_, alpha) in chosen.items()}
+
+
+def run_variants(
+    config: BatchRetrieveConfig, variants: Sequence[Variant], reported: Benchmark, selected: Benchmark
+) -> list[Outcome]:
+    """Score every variant on both splits."""
+    outcomes = []
+    texts: dict[str, Tensor] = {}
+    for benchmark in {id(item): item for item in (selected, reported)}.values():
+        captions = [query.relative_caption for query in benchmark.queries]
+        texts[benchmark.split], cut = ray.get(
+            encode_captions.remote(variants[0].model, variants[0].pretrained, captions)
+        )
+        say(
+            f"{benchmark}: {len(captions)} queries, {len(benchmark.gallery_ids)} gallery images, {cut} captions truncated"
+        )
+    for variant in variants:
+        say(f"{variant.label}: {variant.adapter or variant.model}")
+        rankings, results = score(config, reported, gallery_plan(config, reported, variant), texts[reported.split])
+        basis = results
+        if selected is not reported:
+            basis = score(config, selected, gallery_plan(config, selected, variant), texts[selected.split])[1]
+        outcomes.append(Outcome(variant, rankings, results, choose(basis, reported.headline)))
+    return outcomes
+
+
+def results_table(outcomes: Sequence[Outcome], benchmark: Benchmark) -> Table:
+    """One row a method, one column a variant: the headline metric with its interval at the chosen alpha."""
+    table = Table(title=f"{benchmark}: {benchmark.headline} in percent [95 % interval] at the chosen alpha")
+    table.add_column("method")
+    for outcome in outcomes:
+        table.add_column(outcome.variant.label)
+    for method in outcomes[0].chosen:
+        cells = []
+        for outcome in outcomes:
+            result, alpha = outcome.best(method), outcome.chosen[method]
+            low, high = result.intervals[benchmark.headline]
+            at = "" if alpha is None else f" at {alpha:g}"
+            cells.append(f"{100 * result.metrics[benchmark.headline]:.1f} [{100 * low:.1f}, {100 * high:.1f}]{at}")
+        table.add_row(method, *cells)
+    return table
+
+
+def comparison_line(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> str:
+    """Say whether tuning helped this method on the same queries, by a paired bootstrap."""
+    paired = compare(outcomes[0].best(method), outcomes[1].best(method), benchmark.headline)
+    return (
+        f"{method}, after - before TAT, {benchmark.headline}: {100 * paired.difference:+.1f} points "
+        f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}], better in {100 * paired.probability_b_better:.1f} % of resamples"
+    )
+
+
+def per_query_columns(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> dict[str, list[Any]]:
+    """Return the per-query table: the query and, for each variant, the rank of its best-placed target (None: not in the list)."""
+    columns: dict[str, list[Any]] = {
+        "query_id": [query.query_id for query in benchmark.queries],
+        "kind": [benchmark.query_kinds.get(query.query_id, "") for query in benchmark.queries],
+        "reference": [query.reference_id for query in benchmark.queries],
+        "relative_caption": [query.relative_caption for query in benchmark.queries],
+        "targets": [" ".join(query.target_ids) for query in benchmark.queries],
+    }
+    for outcome in outcomes:
+        columns[f"rank {outcome.variant.label}"] = outcome.best(method).per_query.column("rank").to_pylist()
+    return columns
+
+
+def gallery_pictures(benchmark: Benchmark, wanted: frozenset[str]) -> dict[str, bytes]:
+    """Return the encoded pictures of some gallery images."""
+    found = {}
+    for shard in list_shards(benchmark.image_shards):
+        for sample in read_shard(shard, require_caption=False):
+            if isinstance(sample, Sample) and sample.key in wanted:
+                found[sample.key] = sample.image
+    return found
+
+
+def write_report(config: BatchRetrieveConfig, outcomes: Sequence[Outcome], benchmark: Benchmark, folder: str) -> None:
+    """Write plot, contact sheet, scores with their protocol, and rankings below a local folder."""
+    note = SCENES_NOTE if benchmark.name == "scenes" else ""
+    main = "slerp" if "slerp" in config.methods else config.methods[0]
+    title = f"{benchmark.name} {benchmark.split}"
+    headline = benchmark.headline
+    curves: dict[str, dict[float, float]] = {}
+    bands: dict[str, dict[float, tuple[float, float]]] = {}
+    rivals: dict[str, float] = {}
+    for outcome in outcomes:
+        for (method, alpha), result in outcome.results.items():
+            if alpha is None:
+                rivals[f"{method}, {outcome.variant.label}"] = result.metrics[headline]
+            elif method == main:
+                curves.setdefault(outcome.variant.label, {})[alpha] = result.metrics[headline]
+                bands.setdefault(outcome.variant.label, {})[alpha] = result.intervals[headline]
+    if curves:
+        plots.alpha_curve(
+            curves,
+            headline,
+            title=f"{title}: {main}",
+            path=f"{folder}/alpha.png",
+            intervals=bands,
+            rivals=rivals,
+            note=note,
+        )
+    lists = {outcome.variant.label: outcome.rankings[(main, outcome.chosen[main])] for outcome in outcomes}
+    rows = contact_sheet.contact_sheet_rows(lists, benchmark, num_rows=config.contact_sheet_rows)
+    pictures = gallery_pictures(benchmark, contact_sheet.image_ids_of(rows))
+    protocol = outcomes[-1].best(main).protocol
+    contact_sheet.write_contact_sheet(
+        f"{folder}/contact_sheet.html", f"{title}: {main}", rows, pictures, note=note, protocol=protocol
+    )
+    scores = []
+    for outcome in outcomes:
+        for (method, alpha), result in outcome.results.items():
+            scores.append(
+                {
+                    "encoder": outcome.variant.label,
+                    "method": method,
+                    "alpha": alpha,
+                    "chosen": outcome.chosen[method] == alpha,
+                    "metrics": result.metrics,
+                    "intervals": result.intervals,
+                    "protocol": result.protocol,
+                }
+            )
+        label = outcome.variant.label.replace(" ", "_")
+        for method in outcome.chosen:
+            by_alpha = {alpha: ranking for (name, alpha), ranking in outcome.rankings.items() if name == method}
+            save_ranking(by_alpha, f"{folder}/rankings/{label}/{method}.parquet")
+    files.write_json(f"{folder}/scores.json", scores)
+
+
+def log_variant(tracker: tracking.Tracker, outcome: Outcome, headline: str) -> None:
+    """Log every metric: those of a sweep as a curve whose step is 100 x alpha, and the chosen ones by name."""
+    series: dict[int, dict[str, float]] = {}
+    for (method, alpha), result in outcome.results.items():
+        step = round(100 * (alpha or 0.0))
+        series.setdefault(step, {}).update({f"{method}/{key}": value for key, value in result.metrics.items()})
+    tracker.log_series(sorted(series.items()))
+    for method, alpha in outcome.chosen.items():
+        best = outcome.best(method)
+        low, high = best.intervals[headline]
+        chosen = {f"chosen/{method}/{headline}": best.metrics[headline], f"chosen/{method}/low": low}
+        chosen |= {f"chosen/{method}/high": high} | ({} if alpha is None else {f"chosen/{method}/alpha": alpha})
+        tracker.log_metrics(chosen)
+    tracker.finish()
+
+
+def main() -> None:
+    """Check everything, then embed, search, evaluate and publish."""
+    config = parse_config(BatchRetrieveConfig, "batch_retrieve", __doc__.split("\n")[0])
+    uri = tracking.resolve_uri(config.tracking_uri)
+    tracking.check_server(uri)
+    check_writable(absolute(config.storage_path), "storage_path")
+    adapter, source = find_adapter(config, uri)
+    if source:
+        say(f"adapter of tat_train run {source['name']} ({source['run_id']}): {adapter}")
+    variants = find_variants(config, adapter)
+    for variant in variants:
+        load_encoder(variant.model, variant.pretrained, variant.adapter, "cpu")
+    reported = find_benchmark(config, config.split)
+    split = config.select_split or config.split
+    selected = reported if split == config.split else find_benchmark(config, split)
+    if config.k < reported.max_k + reported.reference_removed:
+        raise CirError(f"--k {config.k} is too short for {reported.metrics}: use at least {reported.max_k + 1}")
+    connect()
+    check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
+    name = config.name or f"{config.benchmark}-{config.split}-{config.digest(['name'])}"
+    folder = RunFolder(config.storage_path, "batch_retrieve", name)
+    tags = {"job": "batch_retrieve", "code_version": code_version(), "benchmark": config.benchmark}
+    parameters = flat_parameters(config) | {
+        "adapter_uri": adapter or NONE,
+        "tat_train_run": (source or {}).get("name", ""),
+    }
+    start = partial(tracking.Tracker.start, uri, experiment=config.experiment, tags=tags)
+    parent = start(name=name, parameters=parameters)
+    say(f"MLflow: {parent.page}")
+    try:
+        outcomes = run_variants(config, variants, reported, selected)
+    except BaseException:
+        tracking.publish(lambda: parent.finish("FAILED"), patience_s=5)
+        raise
+    main_method = "slerp" if "slerp" in config.methods else config.methods[0]
+    with tempfile.TemporaryDirectory() as local:
+        write_report(config, outcomes, reported, local)
+        for path in sorted(Path(local).rglob("*")):
+            if path.is_file():
+                files.write_bytes(folder.path(*path.relative_to(local).parts), path.read_bytes())
+        folder.commit({"name": name, "adapter": adapter})
+
+        def record() -> None:
+            for outcome in outcomes:
+                about = {"encoder": outcome.variant.label, "model": outcome.variant.model,
+                         "adapter": outcome.variant.adapter or NONE}  # fmt: skip
+                label = f"{name} {outcome.variant.label}"
+                child = start(name=label, parameters=parameters | about, parent=parent)
+                log_variant(child, outcome, reported.headline)
+            parent.log_metrics(outcomes[-1].best(main_method).metrics)
+            parent.log_table(per_query_columns(outcomes, reported, main_method), "per_query.json")
+            parent.log_folder(local)
+            parent.finish()
+
+        tracking.publish(record)
+    console = Console(width=140)
+    console.print(results_table(outcomes, reported))
+    if len(outcomes) == 2:
+        say(comparison_line(outcomes, reported, main_method))
+    chosen_on = "the same queries, so it is optimistic" if selected is reported else f"split {selected.split!r}"
+    say(f"alpha chosen on {chosen_on}. {SCENES_NOTE if reported.name == 'scenes' else ''}")
+    say(f"results: {folder.uri}\nMLflow: {parent.page}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,332 @@
+"""Ray Train: Text-Anchored-Tuning of an image tower with LoRA (arXiv 2405.00571).
+
+    ray job submit -- python jobs/tat_train.py                                # generated data, the small model: minutes
+    ray job submit -- python jobs/tat_train.py --model ViT-L-14 --pretrained openai \\
+        --data 's3://bucket/laion/{00000..00199}.tar' --num_workers 8 --use_gpu true \\
+        --storage_path s3://bucket/runs --tracking_uri http://mlflow:5000     # the paper's settings are the defaults
+    python jobs/tat_train.py --help                                           # every setting
+
+The same command again resumes an interrupted run (same name, same settings) or says that it is finished.
+Results: <storage_path>/tat_train/<name>/ with adapter/ (PEFT), merged/ (open_clip local-dir), rejects/, and MLflow.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow.parquet as pq
+import ray.train
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+from rich.table import Table
+
+from cir_core import files, scenes
+from cir_core.encoders import load_encoder
+from cir_core.reporting.plots import training_curves
+from cir_core.shards import list_shards
+from cir_core.tuning import TuningSettings
+from jobs import tracking
+from jobs.config import JobConfig, flat_parameters, parse_config
+from jobs.session import check_resources, code_version, connect, run, say
+from jobs.storage import RunFolder, absolute, check_writable
+from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards
+from jobs.training_loop import LoopSettings, newest_state, train_worker
+
+SCENES = "scenes"
+SMALL_MODEL = "scenes-tiny"
+# For the small model and the generated pairs: enough steps to see the effect in two minutes on two cores.
+_SMALL_BATCH, _PAPER_BATCH = 128, 1024
+
+
+class TatTrainConfig(JobConfig):
+    """Settings of a tuning run. Defaults are the paper's where it states them."""
+
+    name: str = Field("", description="Run name, unique per logical run. Empty: made from the settings.")
+    data: str = Field(
+        SCENES,
+        description="Image-text shards: a folder, file, glob or {000..099} range of .tar or .parquet at any URI; "
+        "'scenes' generates them.",
+    )
+    num_pairs: PositiveInt = Field(12_000, description="Pairs to generate when data is 'scenes'.")
+    model: str = Field(SMALL_MODEL, description="open_clip model name, hf-hub:..., local-dir:/path, or 'scenes-tiny'.")
+    pretrained: str | None = Field(None, description="Weights tag of a named model, or a .safetensors file.")
+    r: PositiveInt = Field(16, description="LoRA rank.")
+    lora_alpha: PositiveFloat = Field(16.0, description="LoRA scale: updates are multiplied by lora_alpha / r.")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Dropout before the LoRA layers.")
+    target_modules: list[str] = Field(
+        ["q_proj", "v_proj"],
+        description="Layers of the image tower that get an adapter; one that matches nothing is an error.",
+    )
+    temperature: PositiveFloat = Field(0.07, description="Fixed temperature of the loss (logit scale 1 / temperature).")
+    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="Weight decay of AdamW (unpublished).")
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="Share of the steps with a linearly rising rate, before a cosine to zero (unpublished)."
+    )
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient clipping, 0 = off (unpublished).")
+    epochs: PositiveInt = Field(1, description="Passes over the data.")
+    global_batch_size: Annotated[int, Field(ge=0)] = Field(
+        0, description=f"Samples per step over all workers. 0: {_PAPER_BATCH}, or {_SMALL_BATCH} for {SMALL_MODEL}."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
+    seed: int = Field(0, description="Seeds the shuffle, the adapter's start and dropout.")
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="Training workers, or [min, max] to shrink and grow with the cluster."
+    )
+    use_gpu: bool = Field(False, description="One GPU per worker.")
+    cpus_per_worker: PositiveFloat = Field(
+        0.5, description="Logical CPUs a training worker holds; what is left of the cluster reads and decodes."
+    )
+    checkpoint_every_steps: PositiveInt = Field(
+        50, description="Steps between checkpoints; at most these are done twice."
+    )
+    log_every_steps: PositiveInt = Field(10, description="Steps between progress lines and MLflow points.")
+    gap_samples: PositiveInt = Field(1024, description="Pairs on which the modality gap is measured before and after.")
+    max_failures: int = Field(8, description="Worker failures survived before the run fails; -1 = any number.")
+    record_samples: bool = Field(False, description="Keep (step, shard, key) of every sample seen, for audits.")
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> TatTrainConfig:
+        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"num_workers {list(self.num_workers)} must be [min, max] with min <= max")
+        return self
+
+    @property
+    def batch(self) -> int:
+        """Global batch size with the default filled in."""
+        return self.global_batch_size or (_SMALL_BATCH if self.model == SMALL_MODEL else _PAPER_BATCH)
+
+    @property
+    def min_workers(self) -> int:
+        """Workers that must fit for the run to start."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+
+# Settings that say where and how often, not what: they may differ when a run is resumed.
+_OPERATIONAL = ("num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "log_every_steps",
+                "max_failures", "name", "gradient_checkpointing")  # fmt: skip
+
+
+def find_data(config: TatTrainConfig) -> list[str]:
+    """Return the shards to train on, generating them first if they are to be scenes."""
+    if config.data != SCENES:
+        return list_shards(config.data)
+    folder = files.join(absolute(config.storage_path), "data", f"scenes-pairs-{config.num_pairs}-seed{config.seed}")
+    if not files.exists(files.join(folder, "complete.json")):
+        say(f"generating {config.num_pairs} pictures with captions in {folder}")
+        shards = scenes.write_pairs(folder, config.num_pairs, seed=config.seed)
+        files.write_json(files.join(folder, "complete.json"), {"shards": len(shards), "pairs": config.num_pairs})
+    return list_shards(folder)
+
+
+def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlflow_run_id: str) -> LoopSettings:
+    """Derive what the workers need."""
+    total = plan.epoch(0).num_steps * config.epochs
+    precision = ("bf16" if config.use_gpu else "fp32") if config.precision == "auto" else config.precision
+    tuning = TuningSettings(
+        total_steps=total,
+        warmup_steps=int(config.warmup_fraction * total),
+        precision=precision,
+        **config.model_dump(
+            include={"lr", "weight_decay", "max_grad_norm", "temperature", "gradient_checkpointing", "seed"}
+        ),
+    )
+    loss = {"name": "symmetric contrastive", "temperature": config.temperature, "global_batch_size": config.batch}
+    tat = {
+        "base_model": config.model,
+        "pretrained": config.pretrained,
+        "data": config.data,
+        "steps": total,
+        "loss": loss,
+        "code_version": code_version(),
+    }
+    return LoopSettings(
+        run_uri=folder.uri,
+        train_run_uri=folder.path("state"),
+        model=config.model,
+        pretrained=config.pretrained,
+        lora=config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"}),
+        tuning=tuning,
+        plan=plan,
+        tat=tat,
+        tracking_uri=tracking.resolve_uri(config.tracking_uri),
+        mlflow_run_id=mlflow_run_id,
+        **config.model_dump(include={"checkpoint_every_steps", "log_every_steps", "gap_samples", "record_samples"}),
+    )
+
+
+def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, preprocessing: Any) -> None:
+    """Run Ray Train to the last step; survives workers that die."""
+    state_uri = settings.train_run_uri
+    filesystem, path = files.filesystem(folder.uri)
+    resources = {"CPU": config.cpus_per_worker}
+    if config.use_gpu:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        datasets={"train": ray.data.range(1)},  # PlannedBatches makes the data; Ray Train wants a name for it
+        dataset_config=PlannedBatches(settings.plan, preprocessing, lambda: newest_state(state_uri)[0]),
+        run_config=RunConfig(
+            name="state",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    trainer.fit()
+
+
+def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[str, Any]:
+    """Collect what the run's folder says into the final result."""
+    training = files.read_json(folder.path("training.json"))
+    structural = [reject for index in plan.indexes for reject in index.rejects]
+    return {
+        "name": folder.name,
+        "model": config.model,
+        "adapter_uri": folder.path("adapter"),
+        "merged_uri": folder.path("merged"),
+        "steps": training["step"] if "step" in training else plan.epoch(0).num_steps * config.epochs,
+        "samples_seen": training["num_samples"],
+        "rejects_structural": len(structural),
+        "rejects_images": training["num_rejects"],
+        "trainable_fraction": training["trainable_fraction"],
+        "num_parameters": training["num_parameters"],
+        "gap_before": training["gap_before"],
+        "gap_after": training["gap_after"],
+        "history": training["history"],
+    }
+
+
+def publish(tracker: tracking.Tracker, config: TatTrainConfig, result: dict[str, Any]) -> bool:
+    """Write everything the run found to MLflow: missing steps, final metrics, plots, adapter, settings."""
+
+    def write() -> None:
+        have = tracker.logged_steps("loss")
+        series = [(row["step"], {k: v for k, v in row.items() if k != "step"}) for row in result["history"]]
+        tracker.log_series([item for item in series if item[0] not in have])
+        for moment in ("before", "after"):
+            tracker.log_metrics({f"gap_{moment}/{key}": value for key, value in result[f"gap_{moment}"].items()})
+        numbers = ("trainable_fraction", "num_parameters", "samples_seen", "rejects_structural", "rejects_images")
+        tracker.log_metrics({key: result[key] for key in numbers})
+        with tempfile.TemporaryDirectory() as name:
+            local = Path(name)
+            (local / "settings.json").write_text(config.model_dump_json(indent=2))
+            names = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait_share")
+            curves = {key: {row["step"]: row[key] for row in result["history"]} for key in names}
+            training_curves(curves, title=f"tat_train {result['name']}", path=str(local / "training.png"))
+            for item in files.list_files(result["adapter_uri"]):
+                target = local / "adapter" / item.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(files.read_bytes(item.uri))
+            tracker.log_folder(name)
+        tracker.tag({"adapter_uri": result["adapter_uri"], "model": result["model"]})
+        tracker.finish()
+
+    return tracking.publish(write)
+
+
+def show(result: dict[str, Any], page: str) -> None:
+    """Print the final table."""
+    table = Table(title=f"tat_train {result['name']}", show_header=False)
+    last = result["history"][-1]
+    rows = [
+        ("steps", f"{result['steps']}"),
+        ("samples seen", f"{result['samples_seen']} ({result['rejects_images']} unreadable images left out)"),
+        ("shard rows rejected", f"{result['rejects_structural']}"),
+        ("final loss", f"{last['loss']:.4f}"),
+        (
+            "trainable",
+            f"{100 * result['trainable_fraction']:.2f} % of {result['num_parameters'] / 1e6:.1f} M parameters",
+        ),
+    ]
+    for key, before in result["gap_before"].items():
+        rows.append((f"gap: {key}", f"{before:.3f} -> {result['gap_after'][key]:.3f}"))
+    rows += [("adapter", result["adapter_uri"]), ("merged weights", result["merged_uri"]), ("MLflow", page)]
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
+
+
+def report_rejects(folder: RunFolder) -> None:
+    """Say which images were left out and why, the commonest reasons first."""
+    if not files.exists(folder.path("rejects")):
+        return
+    reasons: dict[str, int] = {}
+    for item in files.list_files(folder.path("rejects")):
+        filesystem, path = files.filesystem(item.uri)
+        for reason in pq.read_table(path, filesystem=filesystem)["reason"].to_pylist():
+            reasons[reason] = reasons.get(reason, 0) + 1
+    counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    say(f"left out, see {folder.path('rejects')}: {counts}")
+
+
+def main() -> None:
+    """Check everything, then tune, then publish."""
+    config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
+    uri = tracking.resolve_uri(config.tracking_uri)
+    tracking.check_server(uri)
+    check_writable(absolute(config.storage_path), "storage_path")
+    name = config.name or f"{config.model.replace('/', '-').replace(':', '-')}-{config.digest(_OPERATIONAL)}"
+    folder = RunFolder(config.storage_path, "tat_train", name)
+    if config.data != SCENES:
+        list_shards(config.data)
+    encoder = load_encoder(config.model, config.pretrained, device="cpu")  # every mistake in the model shows here
+    settings_dump = config.model_dump(
+        mode="json", exclude={*_OPERATIONAL, "tracking_uri", "experiment", "storage_path"}
+    )
+    folder.claim(settings_dump | {"weights_digest": encoder.details.weights_digest})
+    finished = folder.result()
+    if finished and finished.get("published"):
+        say(f"run {name} is already finished: {folder.uri}")
+        show(finished, finished["page"])
+        return
+    connect()
+    gang = {"CPU": config.cpus_per_worker * config.min_workers + READER_CPUS + DECODER_CPUS}
+    if not finished:
+        check_resources(gang | ({"GPU": float(config.min_workers)} if config.use_gpu else {}))
+    shards = find_data(config)
+    indexes = index_shards(shards, folder.path("index"))
+    plan = RunPlan(tuple(indexes), config.batch, config.seed, config.epochs)
+    run_file = folder.path("mlflow.json")
+    known = files.read_json(run_file)["run_id"] if files.exists(run_file) else None
+    tracker = tracking.Tracker.start(
+        uri,
+        experiment=config.experiment,
+        name=name,
+        parameters=flat_parameters(config) | {"run_folder": folder.uri, "resolved_batch_size": config.batch},
+        tags={"job": "tat_train", "code_version": code_version()},
+        run_id=known,
+    )
+    files.write_json(run_file, {"run_id": tracker.run_id})
+    steps = plan.epoch(0).num_steps * config.epochs
+    done = newest_state(folder.path("state"))[0]
+    say(f"run {name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}"
+        + (f", going on after step {done}" if done else ""))  # fmt: skip
+    say(f"MLflow: {tracker.page}")
+    settings = loop_settings(config, folder, plan, tracker.run_id)
+    if not finished:
+        try:
+            train(config, folder, settings, encoder.preprocessing)
+        except BaseException:
+            tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
+            raise
+        finished = summarise(config, folder, plan)
+        folder.commit(finished)
+    published = publish(tracker, config, finished)
+    folder.commit(finished | {"published": published, "page": tracker.page if published else uri})
+    report_rejects(folder)
+    show(finished, tracker.page)
+
+
+if __name__ == "__main__":
+    run(main)

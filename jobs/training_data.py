@@ -1,0 +1,202 @@
+"""Image-text shards to training batches: index once, then stream every epoch through Ray Data in a planned order.
+
+Two operators: a reader task fetches one round of the plan (ranged reads, shuffle) and sends out one row per step and
+worker; decoding tasks turn each row's encoded images into one uint8 tensor. A row is a worker's whole batch of one
+step, and a block is one row, so Ray Data's splitter, which deals blocks out to the worker with the fewest rows, hands
+each worker its part of every step; `step` travels with the row and the training loop refuses any other than the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataIterator, Dataset
+from ray.train import DataConfig
+
+from cir_core import files
+from cir_core.epoch_plan import EpochPlan, plan_epoch, rows_per_worker
+from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
+from cir_core.schema import CirError, Reject
+from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice
+from jobs.session import say
+
+READER_CPUS = 0.25  # a reader waits for storage most of its time
+DECODER_CPUS = 0.5  # decoding takes a core while it runs; two may share one on small machines
+
+
+def index_shards(shards: Sequence[str], cache_uri: str, *, slice_rows: int = 256) -> list[ShardIndex]:
+    """Count and cut all shards, in parallel on the cluster; one cached file per shard, so a rerun counts only the rest.
+
+    Raises:
+        CirError: a shard that cannot be read at all; the message names it.
+    """
+    known = {item.uri for item in files.list_files(cache_uri)} if files.exists(cache_uri) else set()
+    caches = [files.join(cache_uri, f"{number:06d}.json") for number in range(len(shards))]
+    missing = [number for number, cache in enumerate(caches) if cache not in known]
+
+    @ray.remote(num_cpus=READER_CPUS, max_retries=3)
+    def count(shard: str, cache: str) -> None:
+        files.write_json(cache, asdict(index_shard(shard, slice_rows=slice_rows)))
+
+    waiting = [count.remote(shards[number], caches[number]) for number in missing]
+    total = len(waiting)
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=10)
+        ray.get(done)
+        if waiting and total > 8:
+            say(f"counting shards: {total - len(waiting)} of {total}")
+    return [_read_index(cache, shard) for cache, shard in zip(caches, shards, strict=True)]
+
+
+def _read_index(cache: str, shard: str) -> ShardIndex:
+    stored = files.read_json(cache)
+    if stored["shard"] != shard:
+        raise CirError(
+            f"{cache} counts {stored['shard']}, not {shard}: the list of shards changed under this run's name; "
+            "choose another --name"
+        )
+    slices = tuple(
+        Slice(**{**part, "skip": tuple(part["skip"]), "files": tuple(part["files"])}) for part in stored["slices"]
+    )
+    rejects = tuple(Reject(**reject) for reject in stored["rejects"])
+    return ShardIndex(shard, stored["num_samples"], slices, rejects, stored["size_bytes"])
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The epochs of a run as one sequence of steps and rounds. All epochs have the same number of each."""
+
+    indexes: tuple[ShardIndex, ...]
+    global_batch_size: int
+    seed: int
+    epochs: int
+    steps_per_round: int = 8
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        """Return the plan of one epoch."""
+        return plan_epoch(
+            self.indexes,
+            global_batch_size=self.global_batch_size,
+            steps_per_round=self.steps_per_round,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Samples of one epoch."""
+        return sum(index.num_samples for index in self.indexes)
+
+
+def _read_rounds(
+    batch: dict[str, Any], *, plan_ref: ray.ObjectRef[RunPlan], world_size: int, first_step: int
+) -> Iterator[pa.Table]:
+    """Yield a table of one row per step and worker: step (of the whole run) and lists shard, key, image, caption."""
+    plan: RunPlan = ray.get(plan_ref)
+    rounds_per_epoch = plan.epoch(0).num_rounds
+    for number in map(int, batch["id"]):
+        epoch = plan.epoch(number // rounds_per_epoch)
+        round_index = number % rounds_per_epoch
+        rows: list[Sample] = []
+        for piece in epoch.pieces(round_index):
+            rows += list(read_slice(piece.slice))[piece.first : piece.stop]
+        start = epoch.epoch * epoch.num_steps + round_index * plan.steps_per_round
+        for step, parts in enumerate(epoch.deal(round_index, world_size), start=start):
+            if step < first_step:
+                continue
+            for part in parts:
+                chosen = [rows[index] for index in part]
+                lists = {
+                    name: [[getattr(row, name) for row in chosen]] for name in ("shard", "key", "image", "caption")
+                }
+                yield pa.table({"step": [step], **lists}, schema=_ROUND_SCHEMA)
+
+
+_ROUND_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("shard", pa.list_(pa.string())),
+        ("key", pa.list_(pa.string())),
+        ("image", pa.list_(pa.large_binary())),
+        ("caption", pa.list_(pa.string())),
+    ]
+)
+
+
+def _decode(table: pa.Table, *, preprocessing: Preprocessing, batch_rows: int) -> dict[str, Any]:
+    """Decode a row's images to uint8[1, batch_rows, 3, H, W]; an unreadable one leaves zeros, `valid` False, a reject."""
+    (row,) = table.to_pylist()
+    size = preprocessing.size
+    images = np.zeros((1, batch_rows, 3, size, size), np.uint8)
+    valid = np.zeros((1, batch_rows), np.bool_)
+    rejects = []
+    for index, data in enumerate(row["image"]):
+        try:
+            images[0, index] = preprocess_image(data, preprocessing)
+            valid[0, index] = True
+        except ImageError as error:
+            rejects.append(asdict(Reject(row["shard"][index], row["key"][index], error.reason, error.detail)))
+    texts = row["caption"] + [""] * (batch_rows - len(row["caption"]))
+    info = {"texts": texts, "rejects": rejects, "shard": row["shard"], "key": row["key"]}
+    return {"step": np.array([row["step"]]), "images": images, "valid": valid, "info": np.array([json.dumps(info)])}
+
+
+class PlannedBatches(DataConfig):  # type: ignore[misc]
+    """Gives each training worker its part of every remaining step, whatever the number of workers.
+
+    Ray Train asks at every start of a worker group, so after a failure the plan goes on from `next_step()`.
+    """
+
+    def __init__(self, plan: RunPlan, preprocessing: Preprocessing, next_step: Callable[[], int]) -> None:
+        super().__init__()
+        self.plan, self.preprocessing, self.next_step = plan, preprocessing, next_step
+
+    def configure(
+        self, datasets: dict[str, Dataset], world_size: int, *_: object, **__: object
+    ) -> list[dict[str, DataIterator]]:
+        """Return one iterator per worker. Called by Ray Train; `datasets` only lends the name."""
+        (name,) = datasets
+        first_step = self.next_step()
+        epoch = self.plan.epoch(0)
+        first_round = first_step // epoch.num_steps * epoch.num_rounds
+        first_round += first_step % epoch.num_steps // self.plan.steps_per_round
+        rounds = range(first_round, max(first_round + 1, self.plan.epochs * epoch.num_rounds))
+        dataset = ray.data.from_items([{"id": number} for number in rounds], override_num_blocks=len(rounds))
+        dataset = dataset.map_batches(
+            _read_rounds,
+            batch_size=1,
+            num_cpus=READER_CPUS,
+            fn_kwargs={"plan_ref": ray.put(self.plan), "world_size": world_size, "first_step": first_step},
+        ).map_batches(
+            _decode,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=DECODER_CPUS,
+            fn_kwargs={
+                "preprocessing": self.preprocessing,
+                "batch_rows": rows_per_worker(self.plan.global_batch_size, world_size),
+            },
+        )
+        dataset.context.target_max_block_size = 1  # a block is one row: one worker's batch of one step
+        dataset.context.execution_options.preserve_order = True
+        dataset.set_name(name)
+        return [{name: split} for split in dataset.streaming_split(world_size, equal=False)]
+
+
+def worker_batches(iterator: DataIterator, first_step: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield a worker's batches in step order as (arrays, info); see `_decode` for both.
+
+    Raises:
+        RuntimeError: a batch arrived out of step, which would mix samples of different global batches.
+    """
+    for expected, batch in enumerate(iterator.iter_batches(batch_size=1, prefetch_batches=2), start=first_step):
+        step = int(batch["step"][0])
+        if step != expected:
+            raise RuntimeError(f"the data pipeline delivered step {step} where step {expected} was due")
+        yield {"images": batch["images"][0], "valid": batch["valid"][0]}, json.loads(str(batch["info"][0]))

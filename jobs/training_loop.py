@@ -1,0 +1,253 @@
+"""What one Ray Train worker does: restore, step through its batches, checkpoint, and save the result.
+
+State is one safetensors file per checkpoint, written whole or not at all, in `<run>/state/step-NNNNNNNN/`; the newest
+one is where a run goes on, after any death. Rejects and, on request, the samples seen are written just before it, in
+files named by step, so that a step done again after a failure overwrites what the lost one wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from cir_core import files
+from cir_core.encoders import OpenClipEncoder, load_encoder
+from cir_core.lora import TatMetadata, attach_lora, export_merged, save_adapter
+from cir_core.losses import all_gather_with_grad
+from cir_core.modality_gap import modality_gap
+from cir_core.preprocessing import ImageError, preprocess_image
+from cir_core.schema import REJECT_SCHEMA
+from cir_core.shards import read_slice
+from cir_core.tuning import StepResult, TextAnchoredTuner, TuningSettings
+from jobs.session import say
+from jobs.tracking import LiveMetrics
+from jobs.training_data import RunPlan, worker_batches
+
+STATE = "state.safetensors"
+_GAP_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the driver tells every worker. run_uri: the run's folder; the rest is as in TatTrainConfig."""
+
+    run_uri: str
+    train_run_uri: str
+    model: str
+    pretrained: str | None
+    lora: dict[str, Any]
+    tuning: TuningSettings
+    plan: RunPlan
+    tat: dict[str, Any]
+    tracking_uri: str
+    mlflow_run_id: str
+    checkpoint_every_steps: int
+    log_every_steps: int
+    gap_samples: int
+    record_samples: bool
+
+
+def newest_state(train_run_uri: str) -> tuple[int, str | None]:
+    """Return (steps done, URI of the state file) of the newest checkpoint; (0, None) before the first."""
+    best: tuple[int, str | None] = (0, None)
+    if not files.exists(train_run_uri):
+        return best
+    for item in files.list_files(train_run_uri):
+        found = re.search(rf"step-(\d+)/{re.escape(STATE)}$", item.uri)
+        if found and int(found[1]) > best[0]:
+            best = (int(found[1]), item.uri)
+    return best
+
+
+@dataclass
+class _Interval:
+    """What this rank gathered since the last checkpoint. samples: only filled if they are to be recorded."""
+
+    num_samples: int = 0
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, step: int, info: dict[str, Any], *, record: bool) -> None:
+        """Take in one batch's bookkeeping."""
+        self.num_samples += len(info["key"])
+        self.rejects += info["rejects"]
+        if record:
+            pairs = zip(info["shard"], info["key"], strict=True)
+            self.samples += [{"step": step, "shard": shard, "key": key} for shard, key in pairs]
+
+
+def train_worker(settings: LoopSettings) -> None:
+    """Run the loop on this worker; Ray Train calls it on each. Returns when the last step is checkpointed."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+    torch.manual_seed(settings.tuning.seed)  # the adapter's start, the same on every rank
+    encoder = load_encoder(settings.model, settings.pretrained, device=str(device), precision=settings.tuning.precision)
+    report = attach_lora(encoder.model, **settings.lora)
+    encoder.model.to(device)
+    tuner = TextAnchoredTuner(
+        encoder,
+        settings.tuning,
+        rank=rank,
+        gather=all_gather_with_grad if world > 1 else None,
+        wrap=lambda module: ray.train.torch.prepare_model(module) if world > 1 else module,
+    )
+    steps_done, state_uri = newest_state(settings.train_run_uri)
+    memory: dict[str, Any] = {"history": [], "trainable_fraction": report.fraction, "num_parameters": report.total}
+    if state_uri is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / STATE
+            local.write_bytes(files.read_bytes(state_uri))
+            memory = tuner.load_state(str(local))
+    elif rank == 0:
+        memory["gap_before"] = measure_gap(encoder, settings)
+    live = LiveMetrics(settings.tracking_uri, settings.mlflow_run_id, marker="loss") if rank == 0 else None
+    try:
+        if steps_done < settings.tuning.total_steps:
+            _run_steps(settings, tuner, memory, steps_done, live)
+        if rank == 0:
+            _save_result(settings, encoder, memory)
+    finally:
+        if live is not None:
+            live.close()
+    if world > 1:
+        dist.barrier()
+
+
+def _run_steps(
+    settings: LoopSettings, tuner: TextAnchoredTuner, memory: dict[str, Any], first: int, live: LiveMetrics | None
+) -> None:
+    """Steps `first` to the end, with a checkpoint every checkpoint_every_steps and after the last."""
+    total = settings.tuning.total_steps
+    iterator = ray.train.get_dataset_shard("train")
+    interval, waited, started, begun = _Interval(), 0.0, time.perf_counter(), time.perf_counter()
+    asked = time.perf_counter()
+    for index, (arrays, info) in enumerate(worker_batches(iterator, first), start=first):
+        waited += time.perf_counter() - asked
+        images, valid = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["valid"])
+        result = tuner.step(index, images, info["texts"], valid)
+        interval.add(index, info, record=settings.record_samples)
+        done = index + 1
+        if done % settings.log_every_steps == 0 or done == total:
+            elapsed = time.perf_counter() - started
+            samples = (done - max(first, done - settings.log_every_steps)) * settings.plan.global_batch_size
+            row = _measured(result, settings, elapsed=elapsed, waited=waited, samples=samples)
+            if live is not None:
+                memory["history"].append({"step": done, **row})
+                live.log(done, row)
+                eta = (time.perf_counter() - begun) / (done - first) * (total - done)
+                say(
+                    f"step {done}/{total} ({100 * done / total:.0f} %)  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                    f"{row['samples_per_second']:.0f} samples/s  data wait {100 * row['data_wait_share']:.0f} %  "
+                    f"ETA {eta:.0f} s"
+                )
+            waited, started = 0.0, time.perf_counter()
+        if done % settings.checkpoint_every_steps == 0 or done == total:
+            _checkpoint(settings, tuner, memory, done, interval)
+            interval = _Interval()
+        asked = time.perf_counter()
+
+
+def _measured(
+    result: StepResult, settings: LoopSettings, *, elapsed: float, waited: float, samples: int
+) -> dict[str, float]:
+    loss = result.loss.float().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return {
+        "loss": float(loss),
+        "lr": result.lr,
+        "temperature": settings.tuning.temperature,
+        "grad_norm": float(result.grad_norm),
+        "samples_per_second": samples / elapsed,
+        "data_wait_share": min(1.0, waited / elapsed),
+    }
+
+
+def _checkpoint(
+    settings: LoopSettings, tuner: TextAnchoredTuner, memory: dict[str, Any], done: int, interval: _Interval
+) -> None:
+    """Commit `done` steps: rejects and samples first, then the state file, then Ray Train is told."""
+    gathered: list[Any] = [interval]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, interval)
+    name = f"step-{done:08d}"
+    checkpoint = None
+    if ray.train.get_context().get_world_rank() == 0:
+        rejects = [reject for part in gathered for reject in part.rejects]
+        memory["num_rejects"] = memory.get("num_rejects", 0) + len(rejects)
+        memory["num_samples"] = memory.get("num_samples", 0) + sum(part.num_samples for part in gathered)
+        if rejects:
+            table = pa.Table.from_pylist(rejects, schema=REJECT_SCHEMA)
+            files.write_parquet(files.join(settings.run_uri, "rejects", f"{name}.parquet"), table)
+        if settings.record_samples:
+            table = pa.Table.from_pylist([sample for part in gathered for sample in part.samples])
+            files.write_parquet(files.join(settings.run_uri, "samples", f"{name}.parquet"), table)
+        folder = files.join(settings.train_run_uri, name)
+        files.write_bytes(files.join(folder, STATE), tuner.state_bytes({**memory, "step": done}))
+        filesystem, path = files.filesystem(folder)
+        checkpoint = Checkpoint(path, filesystem)
+    ray.train.report(
+        {"step": done},
+        checkpoint=checkpoint,
+        checkpoint_dir_name=name,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def measure_gap(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, float]:
+    """Measure the modality gap on the first `gap_samples` readable pairs of the plan's slices, in eval mode."""
+    images: list[torch.Tensor] = []
+    texts: list[str] = []
+    for part in settings.plan.epoch(0).slices:
+        for sample in read_slice(part):
+            if len(texts) == settings.gap_samples:
+                break
+            try:
+                images.append(torch.from_numpy(preprocess_image(sample.image, encoder.preprocessing)))
+            except ImageError:
+                continue
+            texts.append(sample.caption)
+    encoder.model.eval()
+    batches = [
+        encoder.encode_images(torch.stack(images[i : i + _GAP_BATCH])) for i in range(0, len(images), _GAP_BATCH)
+    ]
+    return modality_gap(torch.cat(batches), encoder.encode_texts(texts))
+
+
+def _save_result(settings: LoopSettings, encoder: OpenClipEncoder, memory: dict[str, Any]) -> None:
+    """Write `<run>/adapter`, `<run>/merged` and `<run>/training.json`; the same files when done again."""
+    encoder.model.eval()
+    memory["gap_after"] = measure_gap(encoder, settings)
+    tat = TatMetadata(**settings.tat, weights_digest=encoder.details.weights_digest)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter, merged = Path(folder) / "adapter", Path(folder) / "merged"
+        save_adapter(encoder.model, adapter, tat)
+        export_merged(encoder.model, merged, model_cfg=encoder.model_cfg, tokenizer=encoder.tokenizer)
+        for source in (merged, adapter):
+            upload(source, files.join(settings.run_uri, source.name))
+    files.write_json(files.join(settings.run_uri, "training.json"), memory)
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Copy every file of a local folder to a URI."""
+    for source in sorted(folder.rglob("*")):
+        if source.is_file():
+            files.write_bytes(files.join(uri, *source.relative_to(folder).parts), source.read_bytes())

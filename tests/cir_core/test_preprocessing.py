@@ -1,0 +1,281 @@
+"""Pixels equal to open_clip's, every kind of file, and hostile ones."""
+
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from open_clip.transform import image_transform
+from PIL import Image, ImageDraw
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms import functional as F
+from torchvision.transforms.functional import InterpolationMode
+
+from cir_core.preprocessing import IMAGE_ERROR_REASONS, ImageError, Preprocessing, normalize, preprocess_image
+from cir_core.schema import CirError
+
+SIZE = 64
+
+
+def picture(width, height, mode="RGB", seed=0):
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8), "RGBA")
+    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=(200, 30, 60, 120))
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+def encode(image, form="PNG", **options):
+    sink = io.BytesIO()
+    image.save(sink, form, **options)
+    return sink.getvalue()
+
+
+def open_clip_pixels(data, resize_mode, interpolation="bicubic", size=SIZE):
+    """The image just before ToTensor, read back from it."""
+    transform = image_transform(
+        size,
+        is_train=False,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        resize_mode=resize_mode,
+        interpolation=interpolation,
+    )
+    return (transform(Image.open(io.BytesIO(data))) * 255).round().to(torch.uint8).numpy()
+
+
+SHAPES = [
+    (64, 64),
+    (65, 64),
+    (100, 67),
+    (67, 100),
+    (333, 64),
+    (30, 45),
+    (640, 427),
+    (63, 1000),
+    (1, 1),
+    (7, 300),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("mode", "resize_mode"), [("center_crop", "shortest"), ("squash", "squash")])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_equals_open_clip(shape, mode, resize_mode, interpolation):
+    preprocessing = Preprocessing(SIZE, mode, interpolation)
+    for data in (
+        encode(picture(*shape)),
+        encode(picture(*shape), "JPEG", quality=90),
+        encode(picture(*shape), "JPEG", progressive=True),
+        encode(picture(*shape, "L"), "JPEG"),
+        encode(picture(*shape, "RGBA")),
+        encode(picture(*shape, "RGBA").convert("LA")),
+        encode(picture(*shape), "WEBP", lossless=True),
+    ):
+        ours = preprocess_image(data, preprocessing)
+        assert ours.dtype == np.uint8
+        assert ours.flags["C_CONTIGUOUS"]
+        assert np.array_equal(ours, open_clip_pixels(data, resize_mode, interpolation))
+
+
+@settings(max_examples=100, deadline=None)
+@given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.integers(1, 70))
+def test_any_shape_equals_open_clip(width, height, size):
+    data = encode(picture(width, height))
+    ours = preprocess_image(data, Preprocessing(size))
+    assert np.array_equal(ours, open_clip_pixels(data, "shortest", size=size))
+
+
+class TargetPad:
+    """The definition used by CLIP4Cir and SEARLE, with torchvision's pad."""
+
+    def __call__(self, image):
+        width, height = image.size
+        if max(width, height) / min(width, height) < 1.25:
+            return image
+        wanted = max(width, height) / 1.25
+        horizontal = max(int((wanted - width) / 2), 0)
+        vertical = max(int((wanted - height) / 2), 0)
+        return F.pad(image, [horizontal, vertical, horizontal, vertical], 0, "constant")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (80, 64), (64, 80), (79, 64), (81, 64), (300, 100)])
+def test_target_pad(shape):
+    transform = Compose([TargetPad(), Resize(SIZE, InterpolationMode.BICUBIC), CenterCrop(SIZE), ToTensor()])
+    image = picture(*shape)
+    expected = (transform(image) * 255).round().to(torch.uint8).numpy()
+    assert np.array_equal(preprocess_image(encode(image), Preprocessing(SIZE, "target_pad")), expected)
+
+
+def test_target_pad_is_black_where_nothing_was():
+    ours = preprocess_image(encode(Image.new("RGB", (400, 100), "white")), Preprocessing(SIZE, "target_pad"))
+    assert ours[:, 0].max() == 0
+    assert ours[:, SIZE // 2].min() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    upright = Image.new("RGB", (96, 64), "black")
+    ImageDraw.Draw(upright).rectangle((0, 0, 40, 20), fill="red")
+    undo = {
+        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }[orientation]  # fmt: skip
+    stored = upright.transpose(undo) if undo is not None else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for form in ("PNG", "WEBP"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        ours = preprocess_image(encode(stored, form, exif=exif, **options), Preprocessing(SIZE))
+        assert np.array_equal(ours, preprocess_image(encode(upright), Preprocessing(SIZE)))
+
+
+def test_broken_exif_is_no_orientation():
+    data = encode(picture(80, 70), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03\xff\xff\xff\xff")
+    assert np.array_equal(preprocess_image(data, Preprocessing(SIZE)), open_clip_pixels(data, "shortest"))
+
+
+def test_every_mode_gives_sensible_rgb():
+    red = np.array([200, 10, 20])
+    base = Image.new("RGB", (90, 70), tuple(red))
+    palette = base.quantize(4)
+    see_through = palette.copy()
+    files = {
+        "palette": encode(palette),
+        "palette with transparency": encode(see_through, transparency=bytes([0, 128, 255, 255])),
+        "palette with one transparent colour": encode(palette, transparency=0),
+        "RGBA": encode(base.convert("RGBA")),
+        "CMYK": encode(base.convert("CMYK"), "JPEG", quality=100),
+        "CMYK TIFF": encode(base.convert("CMYK"), "TIFF"),
+        "GIF": encode(base, "GIF"),
+        "BMP": encode(base, "BMP"),
+        "LAB": encode(base.convert("YCbCr"), "TIFF"),
+    }
+    for name, data in files.items():
+        ours = preprocess_image(data, Preprocessing(SIZE))
+        assert np.abs(ours.mean((1, 2)) - red).max() < 8, name
+
+
+def test_grey_one_bit_and_sixteen_bit():
+    ramp = np.linspace(0, 65535, 96 * 64).astype(np.uint16).reshape(64, 96)
+    expected = preprocess_image(encode(Image.fromarray((ramp >> 8).astype(np.uint8))), Preprocessing(SIZE))
+    for form in ("PNG", "TIFF"):
+        assert np.array_equal(preprocess_image(encode(Image.fromarray(ramp), form), Preprocessing(SIZE)), expected)
+    big_endian = Image.frombytes("I;16B", (96, 64), ramp.astype(">u2").tobytes())
+    assert np.array_equal(preprocess_image(encode(big_endian, "TIFF"), Preprocessing(SIZE)), expected)
+    int32 = Image.fromarray(ramp.astype(np.int32))
+    assert np.array_equal(preprocess_image(encode(int32, "TIFF"), Preprocessing(SIZE)), expected)
+
+    bits = Image.fromarray(ramp > 30000)
+    assert bits.mode == "1"
+    assert np.array_equal(
+        preprocess_image(encode(bits), Preprocessing(SIZE)),
+        preprocess_image(encode(bits.convert("RGB")), Preprocessing(SIZE)),
+    )
+    with pytest.raises(ImageError) as caught:
+        preprocess_image(encode(Image.fromarray(ramp.astype(np.float32)), "TIFF"), Preprocessing(SIZE))
+    assert caught.value.reason == "unsupported_mode"
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation(form):
+    frames = [Image.new("RGB", (70, 70), colour) for colour in ("red", "blue", "green")]
+    data = encode(frames[0], form, save_all=True, append_images=frames[1:])
+    ours = preprocess_image(data, Preprocessing(SIZE)).mean((1, 2))
+    assert np.abs(ours - [255, 0, 0]).max() < 3
+
+
+def reason_of(data, **limits):
+    with pytest.raises(ImageError) as caught:
+        preprocess_image(data, Preprocessing(SIZE), **limits)
+    error = caught.value
+    assert error.reason in IMAGE_ERROR_REASONS
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - exceptions travel between Ray workers
+    assert (type(copy), copy.reason, copy.detail, str(copy)) == (
+        ImageError,
+        error.reason,
+        error.detail,
+        str(error),
+    )
+    return error.reason
+
+
+def png_of_size(width, height):
+    """A PNG whose header announces any size, with hardly any data."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    )
+
+
+def test_hostile_files():
+    jpeg = encode(picture(300, 200), "JPEG")
+    assert reason_of(b"") == "empty"
+    assert reason_of(b"<!DOCTYPE html><html><body>404</body></html>") == "unreadable"
+    assert reason_of(b"\xff\xd8\xff") == "unreadable"
+    assert reason_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "unreadable"
+    assert reason_of(jpeg, max_bytes=len(jpeg) - 1) == "too_large"
+    assert reason_of(jpeg, max_pixels=300 * 200 - 1) == "too_many_pixels"
+    assert reason_of(png_of_size(10_000, 10_000)) == "too_many_pixels"  # Pillow would warn
+    assert reason_of(png_of_size(30_000, 30_000)) == "too_many_pixels"  # Pillow would raise
+    assert reason_of(png_of_size(2**31 - 1, 2**31 - 1)) == "too_many_pixels"
+    assert reason_of(jpeg[: len(jpeg) // 2]) == "truncated"
+    assert reason_of(encode(picture(300, 200))[:40_000]) == "truncated"
+    assert reason_of(png_of_size(100, 100)) in ("truncated", "unreadable")
+
+
+def test_long_thin_images_do_not_explode():
+    thin = encode(Image.new("L", (1, 60_000)))
+    assert preprocess_image(thin, Preprocessing(SIZE, "squash")).shape == (3, SIZE, SIZE)
+    for mode in ("center_crop", "target_pad"):
+        with pytest.raises(ImageError) as caught:
+            preprocess_image(thin, Preprocessing(SIZE, mode))
+        assert caught.value.reason == "extreme_shape"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    form=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]),
+    cut=st.floats(0, 1),
+    noise=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
+)
+def test_damaged_files_give_pixels_or_an_image_error(form, cut, noise):
+    data = bytearray(encode(picture(40, 30), form))
+    for place, value in noise:
+        data[int(place * len(data))] = value
+    data = bytes(data[: int(len(data) * cut)])
+    try:
+        assert preprocess_image(data, Preprocessing(16), max_pixels=1 << 20).shape == (3, 16, 16)
+    except ImageError as error:
+        assert error.reason in IMAGE_ERROR_REASONS  # noqa: PT017 - both ends are legal
+
+
+def test_settings_are_checked():
+    assert Preprocessing(224, "target_pad", "bilinear").tag == "target_pad-224-bilinear"
+    with pytest.raises(CirError, match=r"mode 'center-crop' is not one of .*did you mean 'center_crop'"):
+        Preprocessing(64, "center-crop")
+    with pytest.raises(CirError, match="interpolation 'lanczos'"):
+        Preprocessing(64, interpolation="lanczos")
+    with pytest.raises(CirError, match="size must be"):
+        Preprocessing(0)
+
+
+def test_normalize_equals_open_clip():
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    data = encode(picture(90, 70))
+    ours = normalize(torch.from_numpy(preprocess_image(data, Preprocessing(SIZE)))[None], mean, std)
+    theirs = image_transform(SIZE, is_train=False, mean=mean, std=std)(Image.open(io.BytesIO(data)))
+    assert torch.equal(ours[0], theirs)
+    with pytest.raises(CirError, match="expected uint8"):
+        normalize(torch.zeros(1, 3, 4, 4), mean, std)
+    with pytest.raises(CirError, match="expected uint8"):
+        normalize(torch.zeros(3, 4, 4, dtype=torch.uint8), mean, std)
