@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import open_clip
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from cir_core.encoders import load_encoder
+from cir_core.modality_gap import modality_gap
 from cir_core.scenes.pretraining import PretrainSettings, pairs, pretrain
 from cir_core.schema import CirError
 from jobs.config import JobConfig, parse_config
@@ -87,14 +90,11 @@ def main() -> None:
 
 def measure(folder: Path, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
     """Return retrieval accuracy and modality gap of the saved model on pairs it has not seen."""
-    from cir_core.encoders import load_encoder
-    from cir_core.modality_gap import modality_gap
-
     encoder = load_encoder(f"local-dir:{folder.absolute()}", device="cpu")
     image = torch.cat([encoder.encode_images(part) for part in torch.split(images, 256)])
     text = encoder.encode_texts(captions)
     right = ((image @ text.T).argmax(1) == torch.arange(len(captions))).float().mean().item()
-    return {"image_to_text_recall@1": right, **modality_gap(image, text)}
+    return {"image_to_text_recall@1": right, **asdict(modality_gap(image, text))}
 
 
 if __name__ == "__main__":

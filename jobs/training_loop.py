@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +229,15 @@ def measure_gap(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, f
     batches = [
         encoder.encode_images(torch.stack(images[i : i + _GAP_BATCH])) for i in range(0, len(images), _GAP_BATCH)
     ]
-    return modality_gap(torch.cat(batches), encoder.encode_texts(texts))
+    return asdict(modality_gap(torch.cat(batches), encoder.encode_texts(texts)))
 
 
 def _save_result(settings: LoopSettings, encoder: OpenClipEncoder, memory: dict[str, Any]) -> None:
     """Write `<run>/adapter`, `<run>/merged` and `<run>/training.json`; the same files when done again."""
     encoder.model.eval()
     memory["gap_after"] = measure_gap(encoder, settings)
-    tat = TatMetadata(**settings.tat, weights_digest=encoder.details.weights_digest)
+    about = {"weights_digest": encoder.details.weights_digest, "quick_gelu": encoder.details.quick_gelu}
+    tat = TatMetadata(**settings.tat, **about)
     with tempfile.TemporaryDirectory() as folder:
         adapter, merged = Path(folder) / "adapter", Path(folder) / "merged"
         save_adapter(encoder.model, adapter, tat)
