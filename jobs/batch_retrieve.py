@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,27 +19,33 @@ from typing import Annotated, Any
 import ray
 from pydantic import Field, PositiveInt, field_validator
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from cir_core import files, scenes
 from cir_core.benchmarks import Benchmark, load_benchmark
 from cir_core.composition import METHODS, takes_alpha
 from cir_core.encoders import load_encoder
-from cir_core.evaluation import EvaluationResult, compare, evaluate, save_ranking
+from cir_core.evaluation import EvaluationResult, evaluate
 from cir_core.lora import TatMetadata, local_adapter
-from cir_core.reporting import contact_sheet, plots
 from cir_core.schema import CirError, Ranking
-from cir_core.shards import Sample, list_shards, read_shard
 from jobs import tracking
 from jobs.config import JobConfig, flat_parameters, parse_config
 from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_store, find_units, store_spec
 from jobs.retrieval import Setting, encode_captions, retrieve, settings_of
+from jobs.retrieval_report import (
+    SCENES_NOTE,
+    Outcome,
+    Variant,
+    comparison_line,
+    log_variant,
+    per_query_columns,
+    results_table,
+    write_report,
+)
 from jobs.session import check_resources, code_version, connect, run, say
 from jobs.storage import RunFolder, absolute, check_writable
 
 NEWEST, NONE = "newest", "none"
-SCENES_NOTE = "generated data: a smoke signal, not a benchmark result"
 
 
 class BatchRetrieveConfig(JobConfig):
@@ -91,30 +96,6 @@ class BatchRetrieveConfig(JobConfig):
         if not alphas or len(set(alphas)) != len(alphas):
             raise ValueError("alphas must hold at least one value, none twice")
         return sorted(alphas)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One encoder that is compared. label: as people read it."""
-
-    label: str
-    model: str
-    pretrained: str | None
-    adapter: str | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One variant's rankings and scores on the reported split, and the alpha chosen for each method."""
-
-    variant: Variant
-    rankings: dict[Setting, Ranking]
-    results: dict[Setting, EvaluationResult]
-    chosen: dict[str, float | None]
-
-    def best(self, method: str) -> EvaluationResult:
-        """Return a method's result at its chosen alpha."""
-        return self.results[(method, self.chosen[method])]
 
 
 def find_adapter(config: BatchRetrieveConfig, uri: str) -> tuple[str | None, dict[str, str] | None]:
@@ -224,126 +205,6 @@ def run_variants(
     return outcomes
 
 
-def results_table(outcomes: Sequence[Outcome], benchmark: Benchmark) -> Table:
-    """One row a method, one column a variant: the headline metric with its interval at the chosen alpha."""
-    table = Table(title=f"{benchmark}: {benchmark.headline} in percent [95 % interval] at the chosen alpha")
-    table.add_column("method")
-    for outcome in outcomes:
-        table.add_column(outcome.variant.label)
-    for method in outcomes[0].chosen:
-        cells = []
-        for outcome in outcomes:
-            result, alpha = outcome.best(method), outcome.chosen[method]
-            low, high = result.intervals[benchmark.headline]
-            at = "" if alpha is None else f" at {alpha:g}"
-            cells.append(f"{100 * result.metrics[benchmark.headline]:.1f} [{100 * low:.1f}, {100 * high:.1f}]{at}")
-        table.add_row(method, *cells)
-    return table
-
-
-def comparison_line(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> str:
-    """Say whether tuning helped this method on the same queries, by a paired bootstrap."""
-    paired = compare(outcomes[0].best(method), outcomes[1].best(method), benchmark.headline)
-    return (
-        f"{method}, after - before TAT, {benchmark.headline}: {100 * paired.difference:+.1f} points "
-        f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}], better in {100 * paired.probability_b_better:.1f} % of resamples"
-    )
-
-
-def per_query_columns(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> dict[str, list[Any]]:
-    """Return the per-query table: the query and, for each variant, the rank of its best-placed target (None: not in the list)."""
-    columns: dict[str, list[Any]] = {
-        "query_id": [query.query_id for query in benchmark.queries],
-        "kind": [benchmark.query_kinds.get(query.query_id, "") for query in benchmark.queries],
-        "reference": [query.reference_id for query in benchmark.queries],
-        "relative_caption": [query.relative_caption for query in benchmark.queries],
-        "targets": [" ".join(query.target_ids) for query in benchmark.queries],
-    }
-    for outcome in outcomes:
-        columns[f"rank {outcome.variant.label}"] = outcome.best(method).per_query.column("rank").to_pylist()
-    return columns
-
-
-def gallery_pictures(benchmark: Benchmark, wanted: frozenset[str]) -> dict[str, bytes]:
-    """Return the encoded pictures of some gallery images."""
-    found = {}
-    for shard in list_shards(benchmark.image_shards):
-        for sample in read_shard(shard, require_caption=False):
-            if isinstance(sample, Sample) and sample.key in wanted:
-                found[sample.key] = sample.image
-    return found
-
-
-def write_report(config: BatchRetrieveConfig, outcomes: Sequence[Outcome], benchmark: Benchmark, folder: str) -> None:
-    """Write plot, contact sheet, scores with their protocol, and rankings below a local folder."""
-    note = SCENES_NOTE if benchmark.name == "scenes" else ""
-    main = "slerp" if "slerp" in config.methods else config.methods[0]
-    title = f"{benchmark.name} {benchmark.split}"
-    headline = benchmark.headline
-    curves: dict[str, dict[float, float]] = {}
-    bands: dict[str, dict[float, tuple[float, float]]] = {}
-    rivals: dict[str, float] = {}
-    for outcome in outcomes:
-        for (method, alpha), result in outcome.results.items():
-            if alpha is None:
-                rivals[f"{method}, {outcome.variant.label}"] = result.metrics[headline]
-            elif method == main:
-                curves.setdefault(outcome.variant.label, {})[alpha] = result.metrics[headline]
-                bands.setdefault(outcome.variant.label, {})[alpha] = result.intervals[headline]
-    if curves:
-        plots.alpha_curve(
-            curves,
-            headline,
-            title=f"{title}: {main}",
-            path=f"{folder}/alpha.png",
-            intervals=bands,
-            rivals=rivals,
-            note=note,
-        )
-    lists = {outcome.variant.label: outcome.rankings[(main, outcome.chosen[main])] for outcome in outcomes}
-    rows = contact_sheet.contact_sheet_rows(lists, benchmark, num_rows=config.contact_sheet_rows)
-    pictures = gallery_pictures(benchmark, contact_sheet.image_ids_of(rows))
-    protocol = outcomes[-1].best(main).protocol
-    contact_sheet.write_contact_sheet(
-        f"{folder}/contact_sheet.html", f"{title}: {main}", rows, pictures, note=note, protocol=protocol
-    )
-    scores = []
-    for outcome in outcomes:
-        for (method, alpha), result in outcome.results.items():
-            scores.append(
-                {
-                    "encoder": outcome.variant.label,
-                    "method": method,
-                    "alpha": alpha,
-                    "chosen": outcome.chosen[method] == alpha,
-                    "metrics": result.metrics,
-                    "intervals": result.intervals,
-                    "protocol": result.protocol,
-                }
-            )
-        label = outcome.variant.label.replace(" ", "_")
-        for method in outcome.chosen:
-            by_alpha = {alpha: ranking for (name, alpha), ranking in outcome.rankings.items() if name == method}
-            save_ranking(by_alpha, f"{folder}/rankings/{label}/{method}.parquet")
-    files.write_json(f"{folder}/scores.json", scores)
-
-
-def log_variant(tracker: tracking.Tracker, outcome: Outcome, headline: str) -> None:
-    """Log every metric: those of a sweep as a curve whose step is 100 x alpha, and the chosen ones by name."""
-    series: dict[int, dict[str, float]] = {}
-    for (method, alpha), result in outcome.results.items():
-        step = round(100 * (alpha or 0.0))
-        series.setdefault(step, {}).update({f"{method}/{key}": value for key, value in result.metrics.items()})
-    tracker.log_series(sorted(series.items()))
-    for method, alpha in outcome.chosen.items():
-        best = outcome.best(method)
-        low, high = best.intervals[headline]
-        chosen = {f"chosen/{method}/{headline}": best.metrics[headline], f"chosen/{method}/low": low}
-        chosen |= {f"chosen/{method}/high": high} | ({} if alpha is None else {f"chosen/{method}/alpha": alpha})
-        tracker.log_metrics(chosen)
-    tracker.finish()
-
-
 def main() -> None:
     """Check everything, then embed, search, evaluate and publish."""
     config = parse_config(BatchRetrieveConfig, "batch_retrieve", __doc__.split("\n")[0])
@@ -378,9 +239,9 @@ def main() -> None:
     except BaseException:
         tracking.publish(lambda: parent.finish("FAILED"), patience_s=5)
         raise
-    main_method = "slerp" if "slerp" in config.methods else config.methods[0]
+    shown = "slerp" if "slerp" in config.methods else config.methods[0]
     with tempfile.TemporaryDirectory() as local:
-        write_report(config, outcomes, reported, local)
+        write_report(outcomes, reported, local, method=shown, num_rows=config.contact_sheet_rows)
         for path in sorted(Path(local).rglob("*")):
             if path.is_file():
                 files.write_bytes(folder.path(*path.relative_to(local).parts), path.read_bytes())
@@ -393,8 +254,8 @@ def main() -> None:
                 label = f"{name} {outcome.variant.label}"
                 child = start(name=label, parameters=parameters | about, parent=parent)
                 log_variant(child, outcome, reported.headline)
-            parent.log_metrics(outcomes[-1].best(main_method).metrics)
-            parent.log_table(per_query_columns(outcomes, reported, main_method), "per_query.json")
+            parent.log_metrics(outcomes[-1].best(shown).metrics)
+            parent.log_table(per_query_columns(outcomes, reported, shown), "per_query.json")
             parent.log_folder(local)
             parent.finish()
 
@@ -402,7 +263,7 @@ def main() -> None:
     console = Console(width=140)
     console.print(results_table(outcomes, reported))
     if len(outcomes) == 2:
-        say(comparison_line(outcomes, reported, main_method))
+        say(comparison_line(outcomes, reported, shown))
     chosen_on = "the same queries, so it is optimistic" if selected is reported else f"split {selected.split!r}"
     say(f"alpha chosen on {chosen_on}. {SCENES_NOTE if reported.name == 'scenes' else ''}")
     say(f"results: {folder.uri}\nMLflow: {parent.page}")

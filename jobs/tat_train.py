@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import pyarrow.parquet as pq
 import ray.train
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.table import Table
@@ -181,6 +181,7 @@ def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, pre
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.fit()

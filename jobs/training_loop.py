@@ -7,6 +7,7 @@ files named by step, so that a step done again after a failure overwrites what t
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -90,6 +91,8 @@ class _Interval:
 
 def train_worker(settings: LoopSettings) -> None:
     """Run the loop on this worker; Ray Train calls it on each. Returns when the last step is checkpointed."""
+    for name in ("", "mlflow"):  # Ray turns the root logger up to INFO, and open_clip and MLflow talk to it
+        logging.getLogger(name).setLevel(logging.WARNING)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -139,7 +142,7 @@ def _run_steps(
     asked = time.perf_counter()
     for index, (arrays, info) in enumerate(worker_batches(iterator, first), start=first):
         waited += time.perf_counter() - asked
-        images, valid = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["valid"])
+        images, valid = (torch.from_numpy(arrays[key].copy()) for key in ("images", "valid"))  # Ray's are read-only
         result = tuner.step(index, images, info["texts"], valid)
         interval.add(index, info, record=settings.record_samples)
         done = index + 1
@@ -236,7 +239,7 @@ def _save_result(settings: LoopSettings, encoder: OpenClipEncoder, memory: dict[
     """Write `<run>/adapter`, `<run>/merged` and `<run>/training.json`; the same files when done again."""
     encoder.model.eval()
     memory["gap_after"] = measure_gap(encoder, settings)
-    about = {"weights_digest": encoder.details.weights_digest, "quick_gelu": encoder.details.quick_gelu}
+    about: dict[str, Any] = {"weights_digest": encoder.details.weights_digest, "quick_gelu": encoder.details.quick_gelu}
     tat = TatMetadata(**settings.tat, **about)
     with tempfile.TemporaryDirectory() as folder:
         adapter, merged = Path(folder) / "adapter", Path(folder) / "merged"

@@ -38,10 +38,10 @@ class PretrainSettings:
     """num_pairs pictures, drawn with replacement into `steps` batches; lr: peak of a warm-up and cosine schedule."""
 
     num_pairs: int = 100_000
-    steps: int = 1600
+    steps: int = 1000
     batch_size: int = 256
     lr: float = 1e-3
-    warmup_steps: int = 150
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     seed: int = 0
 
