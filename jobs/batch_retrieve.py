@@ -24,13 +24,14 @@ from torch import Tensor
 from cir_core import files, scenes
 from cir_core.benchmarks import Benchmark, load_benchmark
 from cir_core.composition import METHODS, takes_alpha
+from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
 from cir_core.evaluation import EvaluationResult, evaluate
 from cir_core.lora import TatMetadata, local_adapter
 from cir_core.schema import CirError, Ranking
 from jobs import tracking
 from jobs.config import JobConfig, flat_parameters, parse_config
-from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_store, find_units, store_spec
+from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_stores, find_units, store_spec
 from jobs.retrieval import Setting, encode_captions, retrieve, settings_of
 from jobs.retrieval_report import (
     SCENES_NOTE,
@@ -160,10 +161,9 @@ def gallery_plan(config: BatchRetrieveConfig, benchmark: Benchmark, variant: Var
 
 
 def score(
-    config: BatchRetrieveConfig, benchmark: Benchmark, plan: EmbedPlan, texts: Tensor
+    config: BatchRetrieveConfig, benchmark: Benchmark, store: EmbeddingStore, texts: Tensor
 ) -> tuple[dict[Setting, Ranking], dict[Setting, EvaluationResult]]:
-    """Embed the gallery where needed, search it once for all settings, and evaluate each."""
-    store = embed_store(plan, num_encoders=config.num_encoders, max_rejects=0)
+    """Search a gallery once for all settings, and evaluate each."""
     settings = settings_of(config.methods, config.alphas)
     rankings = retrieve(benchmark, store, texts, settings, k=config.k, num_shards=config.num_shards)
     return rankings, {
@@ -184,24 +184,22 @@ def choose(results: Mapping[Setting, EvaluationResult], headline: str) -> dict[s
 def run_variants(
     config: BatchRetrieveConfig, variants: Sequence[Variant], reported: Benchmark, selected: Benchmark
 ) -> list[Outcome]:
-    """Score every variant on both splits."""
+    """Score every variant on both splits; alpha comes from `selected`, the scores from `reported`."""
+    splits = [reported] if selected is reported else [reported, selected]
+    captions = [[query.relative_caption for query in benchmark.queries] for benchmark in splits]
+    encoded = encode_captions.remote(variants[0].model, variants[0].pretrained, captions)
+    plans = [gallery_plan(config, benchmark, variant) for variant in variants for benchmark in splits]
+    stores = iter(embed_stores(plans, num_encoders=config.num_encoders, max_rejects=0))
+    texts, truncated = ray.get(encoded)
+    for benchmark, cut in zip(splits, truncated, strict=True):
+        gallery = len(benchmark.gallery_ids)
+        say(f"{benchmark}: {len(benchmark.queries)} queries, {gallery} gallery images, {cut} captions truncated")
     outcomes = []
-    texts: dict[str, Tensor] = {}
-    for benchmark in {id(item): item for item in (selected, reported)}.values():
-        captions = [query.relative_caption for query in benchmark.queries]
-        texts[benchmark.split], cut = ray.get(
-            encode_captions.remote(variants[0].model, variants[0].pretrained, captions)
-        )
-        say(
-            f"{benchmark}: {len(captions)} queries, {len(benchmark.gallery_ids)} gallery images, {cut} captions truncated"
-        )
     for variant in variants:
-        say(f"{variant.label}: {variant.adapter or variant.model}")
-        rankings, results = score(config, reported, gallery_plan(config, reported, variant), texts[reported.split])
-        basis = results
-        if selected is not reported:
-            basis = score(config, selected, gallery_plan(config, selected, variant), texts[selected.split])[1]
-        outcomes.append(Outcome(variant, rankings, results, choose(basis, reported.headline)))
+        scored = [score(config, item, next(stores), text) for item, text in zip(splits, texts, strict=True)]
+        rankings, results = scored[0]
+        outcomes.append(Outcome(variant, rankings, results, choose(scored[-1][1], reported.headline)))
+        say(f"scored {variant.label}: {variant.adapter or variant.model}")
     return outcomes
 
 

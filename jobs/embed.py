@@ -21,7 +21,7 @@ from cir_core.encoders import load_encoder
 from cir_core.schema import CirError
 from jobs import tracking
 from jobs.config import JobConfig, flat_parameters, parse_config
-from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_store, find_units, store_spec
+from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_stores, find_units, store_spec
 from jobs.session import check_resources, code_version, connect, run, say
 from jobs.storage import absolute, check_writable
 
@@ -93,9 +93,8 @@ def main() -> None:
         ),
     )
     try:
-        store = embed_store(
-            plan, num_encoders=config.num_encoders, max_rejects=None if config.max_rejects < 0 else config.max_rejects
-        )
+        limit = None if config.max_rejects < 0 else config.max_rejects
+        (store,) = embed_stores([plan], num_encoders=config.num_encoders, max_rejects=limit)
     except BaseException:
         tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
         raise

@@ -8,10 +8,9 @@ A rerun skips the parts that are finished; the manifest is written last.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,13 @@ import ray
 import ray.data
 import tenacity
 import torch
-from ray.data import ActorPoolStrategy
 
 from cir_core import files
-from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, PartInfo, StoreSpec, listing_digest
+from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec, listing_digest
 from cir_core.encoders import OpenClipEncoder, load_encoder
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import CirError, Reject
 from cir_core.shards import Sample, Slice, index_image_folder, list_images, list_shards, read_shard, read_slice
-from jobs.session import say
 
 DECODER_CPUS = 0.5
 _IN_FLIGHT = 4  # chunks being decoded per encoder: enough to hide a decode behind an encode, small enough for memory
@@ -58,6 +55,11 @@ class EmbedPlan:
     captions: str
     batch_size: int
     use_gpu: bool
+
+    @property
+    def encoder(self) -> tuple[str, str | None, str | None, str, str | None]:
+        """What decides the model: plans with equal values share one in memory."""
+        return self.model, self.pretrained, self.adapter, self.precision, self.preprocessing_mode
 
 
 def find_units(data: str) -> tuple[list[Unit], str]:
@@ -116,32 +118,29 @@ def _decode(rows: list[Sample], preprocessing: Preprocessing) -> tuple[np.ndarra
 
 
 class ShardEmbedder:
-    """An actor that holds the model and turns units into parts."""
+    """An actor that turns units of one or several plans into parts; it holds one model at a time."""
 
-    def __init__(self, plan: EmbedPlan) -> None:
-        self.plan = plan
-        device = "cuda" if plan.use_gpu else "cpu"
-        self.encoder = load_encoder(
-            plan.model,
-            plan.pretrained,
-            plan.adapter,
-            device,
-            plan.precision,
-            preprocessing_mode=plan.preprocessing_mode,
-        )
-        self.writer = EmbeddingWriter(plan.output, plan.spec)
+    def __init__(self, plans: list[EmbedPlan]) -> None:
+        self.plans, self.plan = plans, plans[0]
+        self.number = -1  # of the plan that is set up
         self.rows_read = 0  # of the unit under way
 
+    def _set_up(self, number: int) -> None:
+        if number == self.number:
+            return
+        plan = self.plans[number]
+        if self.number < 0 or plan.encoder != self.plan.encoder:
+            model, pretrained, adapter, precision, mode = plan.encoder
+            device = "cuda" if plan.use_gpu else "cpu"
+            self.encoder = load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode)
+        self.number, self.plan, self.writer = number, plan, EmbeddingWriter(plan.output, plan.spec)
+
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Embed the units in `batch["item"]`; one row of counts each."""
-        for number in batch["item"]:
-            started = time.perf_counter()
-            info = self.embed(self.plan.units[int(number)])
-            yield {
-                "rows": np.array([info.num_rows]),
-                "rejects": np.array([info.num_rejects]),
-                "seconds": np.array([time.perf_counter() - started]),
-            }
+        """Embed the units in `batch`: numbers of their plans and of the units in them; one row of counts each."""
+        for plan, unit in zip(batch["plan"], batch["unit"], strict=True):
+            self._set_up(int(plan))
+            info = self.embed(self.plan.units[int(unit)])
+            yield {"rows": np.array([info.num_rows]), "rejects": np.array([info.num_rejects])}
 
     @tenacity.retry(
         retry=tenacity.retry_if_exception_type(OSError),
@@ -218,57 +217,58 @@ def _some_rejects(output: str, limit: int = 5) -> list[str]:
     return found[:limit]
 
 
-def embed_store(plan: EmbedPlan, *, num_encoders: int, max_rejects: int | None) -> EmbeddingStore:
-    """Make the store, or reuse what is there: a committed store of the same identity, or finished parts of one.
+def embed_stores(plans: Sequence[EmbedPlan], *, num_encoders: int, max_rejects: int | None) -> list[EmbeddingStore]:
+    """Make the stores, or reuse what is there: committed stores of the same identity, finished parts of others.
 
     Args:
-        plan: what, with what, where.
+        plans: what, with what, where; plans that share an encoder should be neighbours.
         num_encoders: actors, each with a copy of the model (and a GPU where plan.use_gpu).
-        max_rejects: more unreadable images than this are an error and nothing is committed; None = any number.
+        max_rejects: more unreadable images than this in a store are an error, and it is not committed; None = any number.
 
     Raises:
-        CirError: too many rejects (the message names some), or the folder holds another store.
+        CirError: too many rejects (the message names some), or a folder holds another store.
     """
-    if files.exists(files.join(plan.output, "manifest.json")):
-        store = EmbeddingStore.open(plan.output)
-        if store.identity == plan.spec.identity:
-            say(f"embedding store {plan.output}: {store.num_rows} rows, reused")
-            return store
-        raise CirError(f"{plan.output} holds another store (another model, adapter or input); choose another output")
-    writer = EmbeddingWriter(plan.output, plan.spec)
-    done = writer.finished_parts()
-    todo = [unit.number for unit in plan.units if unit.number not in done]
-    if done:
-        say(f"{len(done)} of {len(plan.units)} parts are finished, going on with the rest")
+    writers = [EmbeddingWriter(plan.output, plan.spec) for plan in plans]
+    todo = []
+    for number, (plan, writer) in enumerate(zip(plans, writers, strict=True)):
+        done = writer.finished_parts()
+        if not writer.committed:
+            todo += [{"plan": number, "unit": unit.number} for unit in plan.units if unit.number not in done]
+            if done:
+                say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
     if todo:
-        _run(plan, todo, min(num_encoders, len(todo)))
+        _run(plans, todo, min(num_encoders, len(todo)))
+    return [_commit(plan, writer, max_rejects) for plan, writer in zip(plans, writers, strict=True)]
+
+
+def _commit(plan: EmbedPlan, writer: EmbeddingWriter, max_rejects: int | None) -> EmbeddingStore:
     parts = writer.finished_parts()
     rejected = sum(part.num_rejects for part in parts.values())
     if max_rejects is not None and rejected > max_rejects:
         raise CirError(
-            f"{rejected} images cannot be used, more than the {max_rejects} allowed; the store is not committed. "
+            f"{rejected} images cannot be used, more than the {max_rejects} allowed; {plan.output} is not used. "
             f"Repair or remove them at the source: {'; '.join(_some_rejects(plan.output))}"
         )
-    rows_in = sum(
-        part.num_rows + part.num_rejects for part in parts.values()
-    )  # each part checked against what was read
-    writer.commit(rows_in=rows_in, parts=parts.values())
-    say(f"embedding store {plan.output}: {sum(p.num_rows for p in parts.values())} rows, {rejected} rejects")
+    rows_in = sum(part.num_rows + part.num_rejects for part in parts.values())  # each part was checked when written
+    reused = ", reused" if writer.committed else ""
+    if not writer.committed:
+        writer.commit(rows_in=rows_in, parts=parts.values())
+    say(f"embedding store {plan.output}: {rows_in - rejected} rows, {rejected} rejects{reused}")
     return EmbeddingStore.open(plan.output)
 
 
-def _run(plan: EmbedPlan, todo: list[int], num_encoders: int) -> None:
+def _run(plans: Sequence[EmbedPlan], todo: list[dict[str, int]], num_encoders: int) -> None:
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
         ShardEmbedder,
         batch_size=1,
         compute=ActorPoolStrategy(size=num_encoders),
         num_cpus=0.5,
-        num_gpus=1 if plan.use_gpu else None,
-        fn_constructor_args=(plan,),
+        num_gpus=1 if plans[0].use_gpu else None,
+        fn_constructor_args=(list(plans),),
     )
-    started, rows, rejects, finished, last = time.perf_counter(), 0, 0, 0, 0.0
-    for row in dataset.iter_rows():
-        finished, rows, rejects = finished + 1, rows + int(row["rows"]), rejects + int(row["rejects"])
+    started, rows, rejects, last = time.perf_counter(), 0, 0, 0.0
+    for finished, row in enumerate(dataset.iter_rows(), start=1):
+        rows, rejects = rows + int(row["rows"]), rejects + int(row["rejects"])
         elapsed = time.perf_counter() - started
         if elapsed - last > 5 or finished == len(todo):
             last = elapsed
@@ -277,8 +277,3 @@ def _run(plan: EmbedPlan, todo: list[int], num_encoders: int) -> None:
                 f"embedded {finished}/{len(todo)} shards ({100 * finished / len(todo):.0f} %)  {rows} rows  "
                 f"{rows / elapsed:.0f} images/s  {rejects} rejects  ETA {eta:.0f} s"
             )
-
-
-def describe(plan: EmbedPlan) -> dict[str, Any]:
-    """Return the plan as flat settings for a manifest or MLflow."""
-    return {key: value for key, value in asdict(plan.spec).items() if value is not None} | {"output": plan.output}

@@ -41,17 +41,17 @@ def settings_of(methods: Sequence[str], alphas: Sequence[float]) -> list[Setting
 
 
 @ray.remote(num_cpus=1)
-def encode_captions(model: str, pretrained: str | None, captions: list[str]) -> tuple[Tensor, int]:
-    """Encode relative captions with the model's text tower, which no adapter touches; also count truncated ones."""
+def encode_captions(model: str, pretrained: str | None, splits: list[list[str]]) -> tuple[list[Tensor], list[int]]:
+    """Encode relative captions with the text tower, which no adapter touches; also count those it cuts short."""
     encoder = load_encoder(model, pretrained)
-    return encoder.encode_texts(captions).cpu(), encoder.count_truncated(captions)
+    return [encoder.encode_texts(texts).cpu() for texts in splits], [encoder.count_truncated(texts) for texts in splits]
 
 
 @ray.remote(num_cpus=1, max_retries=5)
 def _search_parts(uri: str, parts: list[int], tile: Tile, settings: list[Setting], k: int) -> dict[Setting, TopK]:
     store = EmbeddingStore.open(uri)
     weights = {key: query_weights(key[0], tile.images, tile.texts, key[1]) for key in settings}
-    blocks = ((block.offset, torch.from_numpy(block.embeddings)) for block in store.iter_blocks(parts=parts))
+    blocks = ((block.offset, block.embeddings) for block in store.iter_blocks(parts=parts))
     return weighted_top_k(tile.images, tile.texts, blocks, weights, k, tile.exclude)
 
 
