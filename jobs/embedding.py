@@ -8,8 +8,9 @@ A rerun skips the parts that are finished; the manifest is written last.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,15 @@ import ray
 import ray.data
 import tenacity
 import torch
+from ray.data import ActorPoolStrategy
 
 from cir_core import files
-from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec, listing_digest
+from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, PartInfo, StoreSpec, listing_digest
 from cir_core.encoders import OpenClipEncoder, load_encoder
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import CirError, Reject
 from cir_core.shards import Sample, Slice, index_image_folder, list_images, list_shards, read_shard, read_slice
+from jobs.session import say
 
 DECODER_CPUS = 0.5
 _IN_FLIGHT = 4  # chunks being decoded per encoder: enough to hide a decode behind an encode, small enough for memory
