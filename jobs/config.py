@@ -1,32 +1,56 @@
-"""One typed model per job, filled from defaults, a YAML file, the environment and the command line, in that order.
+"""One typed model per job, filled from defaults, a YAML file, the environment and the command line, later ones winning.
 
     python jobs/tat_train.py --config my_run.yaml --lr 2e-4        # --help lists every field
     CIR_TAT_TRAIN_LR=2e-4 python jobs/tat_train.py
+    python jobs/tat_train.py --lr 2e-4 --print_config > my_run.yaml
 
-jsonargparse does the reading; this module only says how our models are declared and how its complaints are worded.
+jsonargparse does the reading; this module says how our models are declared and how its complaints are worded.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from cir_core.files import redact
 from cir_core.schema import CirError
 
 
-class JobConfig(BaseModel):
-    """What every job has. Frozen, unknown keys refused; field names follow the libraries they feed."""
+def public(value: Any) -> Any:
+    """Return `value` with the credentials of every URI in it left out: fit for a record, a screen or a log.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    >>> public({"data": ["s3://key:secret@bucket/shards"], "seed": 1})
+    {'data': ['s3://bucket/shards'], 'seed': 1}
+    """
+    if isinstance(value, str):
+        return redact(value) if "://" in value else value
+    if isinstance(value, Mapping):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    return value
+
+
+class JobConfig(BaseModel):
+    """What every job has. Frozen, unknown keys refused; field names follow the libraries they feed.
+
+    Its JSON form (`model_dump(mode="json")`, `model_dump_json`) and its repr are for records and hold no credentials of
+    URIs; the attributes and `model_dump()` hold what was given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     storage_path: str = Field(
         ".run/storage",
@@ -40,8 +64,15 @@ class JobConfig(BaseModel):
     )
     experiment: str = Field("slerp-tat", description="MLflow experiment; made if absent.")
 
+    @field_serializer("*", when_used="json")
+    def _recorded(self, value: Any) -> Any:
+        return public(value)
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(key, public(value)) for key, value in super().__repr_args__()]
+
     def digest(self, exclude: Sequence[str] = ()) -> str:
-        """Return eight hex digits that change with any field that can change the result."""
+        """Return eight hex digits that change with any field that can change the result; credentials cannot."""
         where = {"tracking_uri", "experiment", "storage_path", *exclude}
         text = json.dumps(self.model_dump(mode="json", exclude=where), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -50,22 +81,8 @@ class JobConfig(BaseModel):
 Config = TypeVar("Config", bound=JobConfig)
 
 
-def _reworded(message: str, known: Sequence[str]) -> str:
-    """Make jsonargparse's message one line that says what was expected, and name near matches of unknown flags."""
-    message = re.sub(r"\s*For further information visit \S+?(?=\. Got|\s|$)", "", message)
-    message = re.sub(r"\d+ validation errors? for \S+\s*|\[type=[^\]]*\]\s*\.?", "", message)
-    message = re.sub(r"\s+", " ", message).strip()
-    unknown = re.findall(r"--?([A-Za-z_][\w-]*)|Option '([^']+)'", message)
-    if "unrecognized" in message or "is not accepted" in message:
-        names = [flag or option for flag, option in unknown]
-        near = [match for name in names for match in difflib.get_close_matches(name, known, n=2)]
-        message += f"; did you mean {' or '.join('--' + name for name in near)}?" if near else ""
-        message += "; --help lists every field"
-    return message
-
-
 def parse_config(model: type[Config], job: str, description: str, argv: Sequence[str] | None = None) -> Config:
-    """Fill a job's model from its sources.
+    """Fill a job's model from its sources. `--help` and `--print_config` print and exit with 0.
 
     Args:
         model: the job's configuration model.
@@ -74,32 +91,171 @@ def parse_config(model: type[Config], job: str, description: str, argv: Sequence
         argv: arguments without the program's name; sys.argv by default.
 
     Raises:
-        CirError: an unknown key, a value of the wrong type or out of range, an unreadable YAML file.
+        CirError: an unknown key, a value of the wrong type or out of range, an unreadable YAML file. One line.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    prefix = f"CIR_{job.upper()}"
+    _refuse_unknown_variables(prefix, model)
+    parser = _parser(model, job, description, prefix)
+    try:
+        parser.set_defaults(_settings_file(arguments, prefix, model))
+        values = parser.parse_args(arguments).as_dict()
+        show = values.pop("print_config")
+        values.pop("config")
+        config = model(**values)
+    except (ArgumentError, TypeError) as error:
+        raise CirError(_reworded(str(error), model)) from None
+    except ValidationError as error:
+        raise CirError("; ".join(_reworded_item(item, model) for item in error.errors())) from None
+    if show:
+        sys.stdout.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        sys.exit(0)
+    return config
+
+
+def _parser(model: type[JobConfig], job: str, description: str, prefix: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{job}.py",
         description=description,
-        env_prefix=f"CIR_{job.upper()}",
+        env_prefix=prefix,
         default_env=True,
         exit_on_error=False,
+        allow_abbrev=False,  # --num_worker must not pass for --num_workers
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_argument("--config", help="YAML file with any of the fields below.")
+    parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and stop.")
     parser.add_class_arguments(model, None)
-    known = list(model.model_fields)
+    return parser
+
+
+def _refuse_unknown_variables(prefix: str, model: type[JobConfig]) -> None:
+    """Raise CirError for CIR_<JOB>_* variables that set nothing."""
+    known = [f"{prefix}_{name}".upper() for name in (*model.model_fields, "config", "print_config")]
+    # Kubernetes puts such variables into every pod for a service that is called, say, cir-embed.
+    service = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)?)$")
+    for name in os.environ:
+        if name.startswith(f"{prefix}_") and name not in known and not service.search(name):
+            raise CirError(f"environment variable {name} sets no field{_near(name, known)}; --help lists every field")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key occurs once and 1e-4 is a number, as in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; a second value for a key is an error."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"{', '.join(twice)} set twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _settings_file(arguments: list[str], prefix: str, model: type[JobConfig]) -> dict[str, Any]:
+    """Return what the YAML file named by --config or CIR_<JOB>_CONFIG sets."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", default=os.environ.get(f"{prefix}_CONFIG"))
+    name = first.parse_known_args(arguments)[0].config
+    if name is None:
+        return {}
     try:
-        values = parser.parse_args(list(sys.argv[1:] if argv is None else argv)).as_dict()
-        values.pop("config", None)
-        return model(**values)
-    except (ArgumentError, TypeError) as error:
-        raise CirError(_reworded(str(error), known)) from None
-    except ValidationError as error:
-        found = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']} (got {item.get('input')!r})"
-            if item["loc"]
-            else str(item["msg"]).removeprefix("Value error, ")
-            for item in error.errors()
-        )
-        raise CirError(found) from None
+        with Path(name).open(encoding="utf-8") as stream:
+            found = yaml.load(stream, _StrictLoader)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise CirError(
+            f"config: cannot read {name!r} ({reason}); expected a YAML file with lines such as `lr: 2e-4`"
+        ) from None
+    except yaml.YAMLError as error:
+        raise CirError(f"config: {name!r} is not sound YAML: {_one_line(str(error))}") from None
+    if not isinstance(found, dict):
+        raise CirError(f"config: {name!r} must hold lines such as `lr: 2e-4`, found {_found(found)}")
+    known = list(model.model_fields)
+    unknown = [f"{key!r}{_near(str(key), known)}" for key in found if key not in known]
+    if unknown:
+        raise CirError(f"config: {name!r} sets unknown fields: {', '.join(unknown)}; --help lists every field")
+    return found
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _near(name: str, known: Iterable[str], dashes: str = "") -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=2, cutoff=0.7)
+    return f" (did you mean {' or '.join(dashes + match for match in close)}?)" if close else ""
+
+
+def _found(value: Any) -> str:
+    return "nothing" if value is None else repr(public(value))
+
+
+def _reworded(message: str, model: type[JobConfig]) -> str:
+    """Make jsonargparse's message one line that says the field, what was expected, what was found."""
+    known = list(model.model_fields)
+    if rest := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        words = rest[1].split()
+        flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if not flags:
+            return (
+                f"unexpected argument {_found(words[0])}: settings are given as --field value; --help lists every field"
+            )
+        named = [flag + _near(flag.lstrip("-"), known, "--") for flag in flags]
+        return f"unknown {'flag' if len(flags) == 1 else 'flags'} {', '.join(named)}; --help lists every field"
+    field = re.search(r'Parser key "(\w+)|argument --(\w+)', message)
+    name = field[1] or field[2] if field else ""
+    if name not in known:
+        return _one_line(message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    found = _one_line(value[1]) if value else None
+    return f"{name}: expected {_expected(_schema(model, name))}, found {_found(found)}"
+
+
+def _reworded_item(item: Any, model: type[JobConfig]) -> str:
+    """Word one of pydantic's errors: a validator's own message as it is, the others as those of jsonargparse."""
+    text = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:
+        return text
+    name = str(item["loc"][0])
+    found = f"found {_found(item['input'])}"
+    if item["type"] == "value_error" or name not in model.model_fields:
+        return f"{name}: {text} ({found})"
+    return f"{name}: expected {_expected(_schema(model, name))}, {found}"
+
+
+def _schema(model: type[JobConfig], name: str) -> dict[str, Any]:
+    """Return the JSON schema of one field."""
+    found: dict[str, Any] = model.model_json_schema()["properties"][name]
+    return found
+
+
+_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "object": 'a mapping such as {"name": "value"}',
+}
+_BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
+
+
+def _expected(schema: Mapping[str, Any]) -> str:
+    """Say in words which values a JSON schema allows."""
+    if "anyOf" in schema:
+        return " or ".join(_expected(option) for option in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    if "prefixItems" in schema:
+        return f"a list [{', '.join(_expected(item) for item in schema['prefixItems'])}]"
+    if schema.get("type") == "array":
+        return f"a list such as [a, b] of {_expected(schema.get('items', {}))}"
+    bounds = [f"{word} {schema[key]}" for key, word in _BOUNDS.items() if key in schema]
+    return " ".join([_WORDS.get(schema.get("type", ""), "a value"), " and ".join(bounds)]).strip()
 
 
 def repository_root() -> Path:
@@ -108,6 +264,6 @@ def repository_root() -> Path:
 
 
 def flat_parameters(config: JobConfig) -> dict[str, Any]:
-    """Return the resolved configuration as MLflow parameters: name -> value, lists as JSON."""
+    """Return the resolved configuration as MLflow parameters: name -> value, lists and mappings as JSON."""
     dumped = config.model_dump(mode="json")
-    return {key: json.dumps(value) if isinstance(value, list) else value for key, value in dumped.items()}
+    return {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in dumped.items()}

@@ -26,7 +26,16 @@ from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, PartInfo, 
 from cir_core.encoders import OpenClipEncoder, load_encoder
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample, Slice, index_image_folder, list_images, list_shards, read_shard, read_slice
+from cir_core.shards import (
+    Sample,
+    Slice,
+    index_image_folder,
+    list_images,
+    list_shards,
+    read_shard,
+    read_slice,
+    shard_sizes,
+)
 from jobs.session import say
 
 DECODER_CPUS = 0.5
@@ -83,9 +92,7 @@ def find_units(data: str) -> tuple[list[Unit], str]:
         listing = [(item.name, item.size_bytes) for item in images]
     else:
         units = [Unit(number, shard) for number, shard in enumerate(shards)]
-        folders = {shard.rsplit("/", 1)[0] for shard in shards}
-        sizes = {item.uri: item.size_bytes for folder in folders for item in files.list_files(folder, recursive=False)}
-        listing = [(shard.rsplit("/", 1)[-1], sizes[shard]) for shard in shards]
+        listing = [(shard.rsplit("/", 1)[-1], size) for shard, size in shard_sizes(shards)]
     return units, listing_digest(listing)
 
 

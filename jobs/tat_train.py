@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cir_core import files, scenes
-from cir_core.encoders import load_encoder
+from cir_core.encoders import OpenClipEncoder, load_encoder
+from cir_core.lora import attach_lora
 from cir_core.reporting.plots import training_curves
 from cir_core.shards import list_shards
 from cir_core.tuning import TuningSettings
@@ -37,6 +38,7 @@ from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPla
 from jobs.training_loop import LoopSettings, newest_state, train_worker
 
 SCENES = "scenes"
+LORA_FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 SMALL_MODEL = "scenes-tiny"
 # For the small model and the generated pairs: enough steps to see the effect in two minutes on two cores.
 _SMALL_BATCH, _PAPER_BATCH = 128, 1024
@@ -150,7 +152,7 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
         train_run_uri=folder.path("state"),
         model=config.model,
         pretrained=config.pretrained,
-        lora=config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"}),
+        lora=config.model_dump(include=LORA_FIELDS),
         tuning=tuning,
         plan=plan,
         tat=tat,
@@ -271,62 +273,78 @@ def report_rejects(folder: RunFolder) -> None:
     say(f"left out, see {folder.path('rejects')}: {counts}")
 
 
+def check_model(config: TatTrainConfig) -> OpenClipEncoder:
+    """Load the model and attach an adapter to this copy, so that every mistake in model or targets shows at once."""
+    encoder = load_encoder(config.model, config.pretrained, device="cpu")
+    attach_lora(encoder.model, **config.model_dump(include=LORA_FIELDS))
+    return encoder
+
+
+def start_tracking(config: TatTrainConfig, folder: RunFolder, uri: str) -> tracking.Tracker:
+    """Open the run's MLflow run: the one its folder names, or a new one."""
+    recorded = folder.path("mlflow.json")
+    tracker = tracking.Tracker.start(
+        uri,
+        experiment=config.experiment,
+        name=folder.name,
+        parameters=flat_parameters(config) | {"run_folder": folder.uri, "resolved_batch_size": config.batch},
+        tags={"job": "tat_train", "code_version": code_version()},
+        run_id=files.read_json(recorded)["run_id"] if files.exists(recorded) else None,
+    )
+    files.write_json(recorded, {"run_id": tracker.run_id})
+    return tracker
+
+
+def check(config: TatTrainConfig, uri: str) -> tuple[OpenClipEncoder, RunFolder, dict[str, Any]]:
+    """Find every mistake that can be found without the cluster; return the model, the run's folder and its settings."""
+    tracking.check_server(uri)
+    check_writable(absolute(config.storage_path), "storage_path")
+    if config.data != SCENES:
+        list_shards(config.data)
+    encoder = check_model(config)
+    name = config.name or f"{config.model.replace('/', '-').replace(':', '-')}-{config.digest(_OPERATIONAL)}"
+    folder = RunFolder(config.storage_path, "tat_train", name)
+    settings = config.model_dump(mode="json", exclude={*_OPERATIONAL, "tracking_uri", "experiment", "storage_path"})
+    settings["weights_digest"] = encoder.details.weights_digest
+    if files.exists(folder.path("settings.json")):
+        folder.claim(settings)
+    return encoder, folder, settings
+
+
 def main() -> None:
     """Check everything, then tune, then publish."""
     config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
     uri = tracking.resolve_uri(config.tracking_uri)
-    tracking.check_server(uri)
-    check_writable(absolute(config.storage_path), "storage_path")
-    name = config.name or f"{config.model.replace('/', '-').replace(':', '-')}-{config.digest(_OPERATIONAL)}"
-    folder = RunFolder(config.storage_path, "tat_train", name)
-    if config.data != SCENES:
-        list_shards(config.data)
-    encoder = load_encoder(config.model, config.pretrained, device="cpu")  # every mistake in the model shows here
-    settings_dump = config.model_dump(
-        mode="json", exclude={*_OPERATIONAL, "tracking_uri", "experiment", "storage_path"}
-    )
-    folder.claim(settings_dump | {"weights_digest": encoder.details.weights_digest})
-    finished = folder.result()
-    if finished and finished.get("published"):
-        say(f"run {name} is already finished: {folder.uri}")
-        show(finished, finished["page"])
+    encoder, folder, settings = check(config, uri)
+    result = folder.result()
+    if result and result.get("published"):
+        say(f"run {folder.name} is already finished: {folder.uri}")
+        show(result, result["page"])
         return
     connect()
-    gang = {"CPU": config.cpus_per_worker * config.min_workers + READER_CPUS + DECODER_CPUS}
-    if not finished:
+    if not result:
+        gang = {"CPU": config.cpus_per_worker * config.min_workers + READER_CPUS + DECODER_CPUS}
         check_resources(gang | ({"GPU": float(config.min_workers)} if config.use_gpu else {}))
     shards = find_data(config)
-    indexes = index_shards(shards, folder.path("index"))
-    plan = RunPlan(tuple(indexes), config.batch, config.seed, config.epochs)
-    run_file = folder.path("mlflow.json")
-    known = files.read_json(run_file)["run_id"] if files.exists(run_file) else None
-    tracker = tracking.Tracker.start(
-        uri,
-        experiment=config.experiment,
-        name=name,
-        parameters=flat_parameters(config) | {"run_folder": folder.uri, "resolved_batch_size": config.batch},
-        tags={"job": "tat_train", "code_version": code_version()},
-        run_id=known,
-    )
-    files.write_json(run_file, {"run_id": tracker.run_id})
-    steps = plan.epoch(0).num_steps * config.epochs
-    done = newest_state(folder.path("state"))[0]
-    say(f"run {name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}"
-        + (f", going on after step {done}" if done else ""))  # fmt: skip
+    plan = RunPlan(tuple(index_shards(shards, absolute(config.storage_path))), config.batch, config.seed, config.epochs)
+    steps, done = plan.epoch(0).num_steps * config.epochs, newest_state(folder.path("state"))[0]
+    folder.claim(settings)
+    tracker = start_tracking(config, folder, uri)
+    going_on = f", going on after step {done}" if done else ""
+    say(f"run {folder.name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}{going_on}")
     say(f"MLflow: {tracker.page}")
-    settings = loop_settings(config, folder, plan, tracker.run_id)
-    if not finished:
+    if not result:
         try:
-            train(config, folder, settings, encoder.preprocessing)
+            train(config, folder, loop_settings(config, folder, plan, tracker.run_id), encoder.preprocessing)
         except BaseException:
             tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
             raise
-        finished = summarise(config, folder, plan)
-        folder.commit(finished)
-    published = publish(tracker, config, finished)
-    folder.commit(finished | {"published": published, "page": tracker.page if published else uri})
+        result = summarise(config, folder, plan)
+        folder.commit(result)
+    page = tracker.page
+    folder.commit(result | {"published": publish(tracker, config, result), "page": page})
     report_rejects(folder)
-    show(finished, tracker.page)
+    show(result, page)
 
 
 if __name__ == "__main__":

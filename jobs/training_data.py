@@ -20,22 +20,28 @@ from ray.data import DataIterator, Dataset
 from ray.train import DataConfig
 
 from cir_core import files
+from cir_core.embedding_store import listing_digest
 from cir_core.epoch_plan import EpochPlan, plan_epoch, rows_per_worker
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
-from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice
+from cir_core.schema import Reject
+from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_sizes
 from jobs.session import say
 
 READER_CPUS = 0.25  # a reader waits for storage most of its time
 DECODER_CPUS = 0.5  # decoding takes a core while it runs; two may share one on small machines
 
 
-def index_shards(shards: Sequence[str], cache_uri: str, *, slice_rows: int = 256) -> list[ShardIndex]:
-    """Count and cut all shards, in parallel on the cluster; one cached file per shard, so a rerun counts only the rest.
+def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 256) -> list[ShardIndex]:
+    """Count and cut all shards, in parallel on the cluster.
+
+    The counts are kept in `<storage_uri>/index/<hash of names and sizes>/`, a file per shard, so that another run over the same
+    shards counts only what is missing.
 
     Raises:
         CirError: a shard that cannot be read at all; the message names it.
     """
+    listed = listing_digest(shard_sizes(shards))
+    cache_uri = files.join(storage_uri, "index", f"{listed[:16]}-{slice_rows}")
     known = {item.uri for item in files.list_files(cache_uri)} if files.exists(cache_uri) else set()
     caches = [files.join(cache_uri, f"{number:06d}.json") for number in range(len(shards))]
     missing = [number for number, cache in enumerate(caches) if cache not in known]
@@ -56,11 +62,6 @@ def index_shards(shards: Sequence[str], cache_uri: str, *, slice_rows: int = 256
 
 def _read_index(cache: str, shard: str) -> ShardIndex:
     stored = files.read_json(cache)
-    if stored["shard"] != shard:
-        raise CirError(
-            f"{cache} counts {stored['shard']}, not {shard}: the list of shards changed under this run's name; "
-            "choose another --name"
-        )
     slices = tuple(
         Slice(**{**part, "skip": tuple(part["skip"]), "files": tuple(part["files"])}) for part in stored["slices"]
     )

@@ -23,7 +23,9 @@ from cir_core.shards import Sample, read_shard
 def test_scenes_keep_their_rules(seed):
     scene = random_scene(seeded("test", seed))
     assert 1 <= len(scene.objects) <= MAX_OBJECTS
-    assert len({item.shape for item in scene.objects}) == len({item.place for item in scene.objects}) == len(scene.objects)
+    assert (
+        len({item.shape for item in scene.objects}) == len({item.place for item in scene.objects}) == len(scene.objects)
+    )
     assert Scene(scene.background, tuple(reversed(scene.objects))) == scene
 
 
@@ -89,7 +91,9 @@ def test_the_benchmark_folder_loads_and_its_targets_show_the_target(tmp_path):
 
 
 def test_splits_and_seeds_differ(tmp_path):
-    folders = [write_benchmark(str(tmp_path / str(seed)), split, 8, seed=seed) for split in ("val", "test") for seed in (0, 1)]
+    folders = [
+        write_benchmark(str(tmp_path / str(seed)), split, 8, seed=seed) for split in ("val", "test") for seed in (0, 1)
+    ]
     texts = {Path(folder, "queries.jsonl").read_text() for folder in folders}
     assert len(texts) == 4
 

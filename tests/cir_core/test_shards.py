@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cir_core import files, shards
 from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample, tar
+from cir_core.shards import Sample, shard_sizes, tar
 from cir_core.shards import model as shard_model
 
 JPEG = b"\xff\xd8 stands for an image; shards never decode"
@@ -549,3 +549,11 @@ def test_image_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CirError, match="no image in this folder"):
         shards.list_images(str(tmp_path / "empty"))
+
+
+def test_shard_sizes_follow_the_order_given(tmp_path):
+    for folder, name, size in (("a", "1.tar", 5), ("b", "0.tar", 7), ("a", "0.tar", 3)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(b"x" * size)
+    shards = [f"{tmp_path}/b/0.tar", f"{tmp_path}/a/1.tar", f"{tmp_path}/a/0.tar"]
+    assert shard_sizes(shards) == [(shards[0], 7), (shards[1], 5), (shards[2], 3)]

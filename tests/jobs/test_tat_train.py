@@ -1,0 +1,207 @@
+"""tat_train on a real cluster: the same result alone, with two workers, and after the death of a worker or the driver."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from cir_core.encoders import load_encoder
+from cir_core.lora import TatMetadata
+from cir_core.scenes import write_pairs
+from cir_core.shards import write_tar_shard
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+NUM_PAIRS, BATCH = 1000, 16
+STEPS = 63  # 1000 / 16, rounded up
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(str(folder), NUM_PAIRS, shard_rows=300)
+    return folder
+
+
+def arguments(pairs, model, name, **changed):
+    settings = {
+        "data": str(pairs),
+        "model": f"local-dir:{model}",
+        "name": name,
+        "global_batch_size": BATCH,
+        "gap_samples": 64,
+        "checkpoint_every_steps": 8,
+        "log_every_steps": 1,
+        "record_samples": "true",
+        "lr": 1e-3,
+        **changed,
+    }
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
+class Run:
+    """What a run left in its folder."""
+
+    def __init__(self, servers, name):
+        self.folder = servers.storage / "tat_train" / name
+        self.result = json.loads((self.folder / "result.json").read_text())
+        self.adapter = hashlib.sha256((self.folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+        files = sorted((self.folder / "samples").glob("*.parquet"))
+        self.samples = [tuple(row.values()) for file in files for row in pq.read_table(file).to_pylist()]
+
+    def check_every_sample_once(self):
+        seen = [(shard, key) for _, shard, key in self.samples]
+        assert len(seen) == len(set(seen)) == NUM_PAIRS
+        assert {step for step, _, _ in self.samples} == set(range(STEPS))
+        assert self.result["steps"] == STEPS
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(servers, pairs, tiny_model_dir):
+    done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "whole"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(servers, "whole"), done.stdout
+
+
+def test_a_run_leaves_what_it_promises(servers, pairs, tiny_model_dir, uninterrupted):
+    run, printed = uninterrupted
+    run.check_every_sample_once()
+    assert f"step {STEPS}/{STEPS} (100 %)" in printed
+    tat = TatMetadata.read(run.folder / "adapter")
+    assert (tat.steps, tat.base_model) == (STEPS, f"local-dir:{tiny_model_dir}")
+    tuned = load_encoder(f"local-dir:{tiny_model_dir}", adapter=run.folder / "adapter")
+    merged = load_encoder(f"local-dir:{run.folder / 'merged'}")
+    texts = ["a red circle", "make it blue"]
+    assert (tuned.encode_texts(texts) - merged.encode_texts(texts)).abs().max() < 1e-5
+
+    client = mlflow.MlflowClient(servers.tracking_uri)
+    logged = client.get_run(run.result["page"].rsplit("/", 1)[-1])
+    assert logged.info.status == "FINISHED"
+    assert [item.step for item in client.get_metric_history(logged.info.run_id, "loss")] == list(range(1, STEPS + 1))
+    wanted = {"loss", "lr", "temperature", "samples_per_second", "data_wait_share", "grad_norm", "trainable_fraction"}
+    gap = {f"gap_{moment}/centroid_distance" for moment in ("before", "after")}
+    assert wanted | gap <= set(logged.data.metrics)
+    assert any(name.startswith("system/") for name in logged.data.metrics)
+    assert logged.data.params["r"] == "16"
+    artifacts = {item.path for item in client.list_artifacts(logged.info.run_id)}
+    assert {"adapter", "training.png", "settings.json"} <= artifacts
+
+
+def test_the_same_command_again_is_finished_at_once(servers, pairs, tiny_model_dir, uninterrupted):
+    again = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "whole"))
+    assert again.returncode == 0
+    assert "already finished" in again.stdout
+    assert Run(servers, "whole").adapter == uninterrupted[0].adapter
+
+
+def test_a_name_with_other_settings_is_refused(servers, pairs, tiny_model_dir, uninterrupted):
+    refused = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "whole", lr=0.5))
+    assert refused.returncode == 2
+    assert "lr: 0.001 -> 0.5" in refused.stderr
+
+
+def test_two_workers_equal_one(servers, pairs, tiny_model_dir):
+    """Same global batches, so same losses; dropout is off because each worker draws its own."""
+    runs = []
+    for workers in (1, 2):
+        name = f"workers-{workers}"
+        done = servers.run(
+            "tat_train",
+            *arguments(pairs, tiny_model_dir, name, num_workers=workers, lora_dropout=0, cpus_per_worker=0.25),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(Run(servers, name))
+    one, two = runs
+    assert [row["loss"] for row in two.result["history"]] == pytest.approx(
+        [row["loss"] for row in one.result["history"]], abs=1e-5
+    )
+    weights = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in runs]
+    for name, value in weights[0].items():
+        assert weights[1][name] == pytest.approx(value, abs=1e-5)
+    assert sorted(one.samples) == sorted(two.samples)
+
+
+def start_and_wait_for_step(servers, command, name, step):
+    """Start a run and return its process once `step` is checkpointed."""
+    log = (servers.storage / f"{name}.log").open("w")
+    process = subprocess.Popen(command, env=servers.environment(), cwd=servers.storage, stdout=log, stderr=log)
+    state = servers.storage / "tat_train" / name / "state"
+    deadline = time.monotonic() + 240
+    while not any(int(path.parent.name[5:]) >= step for path in state.glob("step-*/state.safetensors")):
+        assert process.poll() is None, (servers.storage / f"{name}.log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def train_workers():
+    return [p for p in psutil.process_iter() if "ray::RayTrainWorker" in " ".join(p.info.get("cmdline") or p.cmdline())]
+
+
+def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninterrupted):
+    command = servers.command("tat_train", *arguments(pairs, tiny_model_dir, "worker-killed"))
+    process = start_and_wait_for_step(servers, command, "worker-killed", 8)
+    victims = train_workers()
+    assert victims
+    for victim in victims:
+        victim.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=400) == 0, (servers.storage / "worker-killed.log").read_text()[-3000:]
+    run = Run(servers, "worker-killed")
+    run.check_every_sample_once()
+    assert run.adapter == uninterrupted[0].adapter
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(servers, pairs, tiny_model_dir, uninterrupted):
+    given = arguments(pairs, tiny_model_dir, "driver-killed")
+    process = start_and_wait_for_step(servers, servers.command("tat_train", *given), "driver-killed", 16)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (servers.storage / "tat_train" / "driver-killed" / "result.json").exists()
+    done = servers.run("tat_train", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after step" in done.stdout
+    run = Run(servers, "driver-killed")
+    run.check_every_sample_once()
+    assert run.adapter == uninterrupted[0].adapter
+
+
+def test_unreadable_images_are_left_out_and_reported(servers, tmp_path, tiny_model_dir):
+    good = write_pairs(str(tmp_path / "good"), 60)
+    shards = tmp_path / "dirty"
+    shards.mkdir()
+    Path(good[0]).rename(shards / "00000.tar")
+    bad = [("html", b"<html>not found</html>", "jpg", "a page"), ("empty", b"", "jpg", "nothing")]
+    write_tar_shard(str(shards / "00001.tar"), bad)
+    done = servers.run("tat_train", *arguments(shards, tiny_model_dir, "dirty"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = Run(servers, "dirty").result
+    assert (result["rejects_images"], result["rejects_structural"]) == (1, 1)
+    assert "unreadable: 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "ViT-B-23"}, "ViT-B-32"),
+        ({"model": "ViT-B-32"}, "laion2b_s34b_b79k"),
+        ({"data": "/nowhere/shards"}, "/nowhere/shards"),
+        ({"tracking_uri": "http://127.0.0.1:9"}, "no tracking server at http://127.0.0.1:9"),
+        ({"num_workers": 64}, "cluster is too small"),
+        ({"target_modules": "[nothing]", "name": "no-target"}, "nothing"),
+        ({"storage_path": "/proc/nowhere"}, "storage_path"),
+    ],
+)
+def test_mistakes_are_found_before_work_starts(servers, pairs, tiny_model_dir, changed, message):
+    given = arguments(pairs, tiny_model_dir, changed.get("name", "mistake"), **changed)
+    done = servers.run("tat_train", *given)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(servers.storage.glob("tat_train/*/state/step-*/mistake"))
