@@ -3,7 +3,7 @@
 # make up / make down                       start / stop exactly the two servers
 # make install                              .venv with everything (what the others begin with)
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
 .PHONY: help install demo up down test test-fast check format pins
@@ -15,7 +15,7 @@ install: .venv/.installed
 
 # One requirements file pins everything; uv installs it in under a minute.
 .venv/.installed: requirements.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or run: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: Python 3.11 is needed; install it, or run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	test -x .venv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv
 	.venv/bin/uv pip sync --quiet --python $(PY) requirements.txt

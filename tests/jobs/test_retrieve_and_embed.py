@@ -202,9 +202,9 @@ def test_vit_b_32_goes_through_all_three_jobs(servers, vit_b_32, benchmark_root,
         ("batch_retrieve", ["--protocol", '{"referense": "kept"}', "--adapter", "none"], "referense"),
     ],
 )
-def test_mistakes_are_found_before_work_starts(servers, pairs, job, given, message):
-    done = servers.run(job, *[text.replace("{pairs}", str(pairs)) for text in given])
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_are_found_before_work_starts(servers, run_here, pairs, job, given, message):
+    code, printed = run_here(job, *[text.replace("{pairs}", str(pairs)) for text in given])
+    assert code == 2
+    assert message in printed
+    assert "Traceback" not in printed
     assert not Path(servers.storage, "x").exists()

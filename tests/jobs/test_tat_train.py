@@ -193,15 +193,20 @@ def test_unreadable_images_are_left_out_and_reported(servers, tmp_path, tiny_mod
         ({"model": "ViT-B-32"}, "laion2b_s34b_b79k"),
         ({"data": "/nowhere/shards"}, "/nowhere/shards"),
         ({"tracking_uri": "http://127.0.0.1:9"}, "no tracking server at http://127.0.0.1:9"),
-        ({"num_workers": 64}, "cluster is too small"),
-        ({"target_modules": "[nothing]", "name": "no-target"}, "nothing"),
+        ({"target_modules": "[nothing]"}, "nothing"),
         ({"storage_path": "/proc/nowhere"}, "storage_path"),
     ],
 )
-def test_mistakes_are_found_before_work_starts(servers, pairs, tiny_model_dir, changed, message):
-    given = arguments(pairs, tiny_model_dir, changed.get("name", "mistake"), **changed)
-    done = servers.run("tat_train", *given)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(servers.storage.glob("tat_train/*/state/step-*/mistake"))
+def test_mistakes_are_found_before_work_starts(servers, run_here, pairs, tiny_model_dir, changed, message):
+    code, printed = run_here("tat_train", *arguments(pairs, tiny_model_dir, "mistake", **changed))
+    assert code == 2
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not (servers.storage / "tat_train" / "mistake").exists()
+
+
+def test_a_cluster_that_is_too_small_is_named(servers, pairs, tiny_model_dir):
+    done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "mistake", num_workers=64))
+    assert done.returncode == 2
+    assert "cluster is too small" in done.stderr
+    assert not (servers.storage / "tat_train" / "mistake").exists()
