@@ -17,11 +17,12 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from cir_core.files import redact
@@ -97,16 +98,18 @@ def parse_config(model: type[Config], job: str, description: str, argv: Sequence
     prefix = f"CIR_{job.upper()}"
     _refuse_unknown_variables(prefix, model)
     parser = _parser(model, job, description, prefix)
+    file, settings = _settings_file(arguments, prefix, model)
+    sources = _Sources(arguments, prefix, file, settings)
     try:
-        parser.set_defaults(_settings_file(arguments, prefix, model))
+        parser.set_defaults(settings)
         values = parser.parse_args(arguments).as_dict()
         show = values.pop("print_config")
         values.pop("config")
         config = model(**values)
     except (ArgumentError, TypeError) as error:
-        raise CirError(_reworded(str(error), model)) from None
+        raise CirError(_reworded(str(error), model, sources)) from None
     except ValidationError as error:
-        raise CirError("; ".join(_reworded_item(item, model) for item in error.errors())) from None
+        raise CirError("; ".join(_reworded_item(item, model, sources) for item in error.errors())) from None
     if show:
         sys.stdout.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         sys.exit(0)
@@ -114,6 +117,12 @@ def parse_config(model: type[Config], job: str, description: str, argv: Sequence
 
 
 def _parser(model: type[JobConfig], job: str, description: str, prefix: str) -> ArgumentParser:
+    class Help(DefaultHelpFormatter):  # type: ignore[misc]
+        """Says types in words."""
+
+        def _get_type_str(self, action: argparse.Action) -> str | None:
+            return _expected(_schema(model, action.dest)) if action.dest in model.model_fields else None
+
     parser = ArgumentParser(
         prog=f"{job}.py",
         description=description,
@@ -121,6 +130,9 @@ def _parser(model: type[JobConfig], job: str, description: str, prefix: str) -> 
         default_env=True,
         exit_on_error=False,
         allow_abbrev=False,  # --num_worker must not pass for --num_workers
+        print_config=None,  # jsonargparse's own writes credentials
+        formatter_class=Help,
+        usage="%(prog)s [--config FILE] [--field value ...]",
     )
     parser.add_argument("--config", help="YAML file with any of the fields below.")
     parser.add_argument("--print_config", action="store_true", help="Print the settings as YAML and stop.")
@@ -143,7 +155,7 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping; a second value for a key is an error."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = sorted({str(key) for key in keys if keys.count(key) > 1})
         if twice:
             raise yaml.MarkedYAMLError(problem=f"{', '.join(twice)} set twice", problem_mark=node.start_mark)
@@ -155,13 +167,16 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _settings_file(arguments: list[str], prefix: str, model: type[JobConfig]) -> dict[str, Any]:
-    """Return what the YAML file named by --config or CIR_<JOB>_CONFIG sets."""
+def _settings_file(arguments: list[str], prefix: str, model: type[JobConfig]) -> tuple[str, dict[str, Any]]:
+    """Return the name of the YAML file that --config or CIR_<JOB>_CONFIG gives, and what it sets; ("", {}) without one."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", default=os.environ.get(f"{prefix}_CONFIG"))
-    name = first.parse_known_args(arguments)[0].config
+    try:
+        name = first.parse_known_args(arguments)[0].config
+    except ArgumentError as error:
+        raise CirError(str(error)) from None
     if name is None:
-        return {}
+        return "", {}
     try:
         with Path(name).open(encoding="utf-8") as stream:
             found = yaml.load(stream, _StrictLoader)  # noqa: S506 - a SafeLoader
@@ -178,11 +193,35 @@ def _settings_file(arguments: list[str], prefix: str, model: type[JobConfig]) ->
     unknown = [f"{key!r}{_near(str(key), known)}" for key in found if key not in known]
     if unknown:
         raise CirError(f"config: {name!r} sets unknown fields: {', '.join(unknown)}; --help lists every field")
-    return found
+    return name, found
 
 
 def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where values came from, so that a message can say which one is wrong."""
+
+    arguments: Sequence[str]
+    prefix: str
+    file: str
+    settings: Mapping[str, Any]
+
+    def named(self, name: str, found: str) -> str:
+        """Return the field's name, with the variable or file that set it; the command line is before its user's eyes."""
+        variable = f"{self.prefix}_{name}".upper()
+        if found == os.environ.get(variable):
+            return f"{name} ({variable})"  # jsonargparse checks it even if the command line sets the field as well
+        if any(argument.partition("=")[0].strip("-+") == name for argument in self.arguments):
+            return name
+        place = variable if variable in os.environ else self.file if name in self.settings else ""
+        return f"{name} ({place})" if place else name
+
+    def only_file(self, name: str) -> bool:
+        """Whether the YAML file alone can have set this field."""
+        return name in self.settings and self.named(name, "").endswith(f"({self.file})")
 
 
 def _near(name: str, known: Iterable[str], dashes: str = "") -> str:
@@ -191,11 +230,11 @@ def _near(name: str, known: Iterable[str], dashes: str = "") -> str:
 
 
 def _found(value: Any) -> str:
-    return "nothing" if value is None else repr(public(value))
+    return "nothing" if value is None else repr(public(value))[:200]
 
 
-def _reworded(message: str, model: type[JobConfig]) -> str:
-    """Make jsonargparse's message one line that says the field, what was expected, what was found."""
+def _reworded(message: str, model: type[JobConfig], sources: _Sources) -> str:
+    """Make jsonargparse's message one line that says the field, where it was set, what was expected, what was found."""
     known = list(model.model_fields)
     if rest := re.search(r"unrecognized arguments: (.*)", message, re.DOTALL):
         words = rest[1].split()
@@ -211,20 +250,24 @@ def _reworded(message: str, model: type[JobConfig]) -> str:
     if name not in known:
         return _one_line(message)
     value = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
-    found = _one_line(value[1]) if value else None
-    return f"{name}: expected {_expected(_schema(model, name))}, found {_found(found)}"
+    found = _one_line(value[1]) if value else ""
+    expected = _expected(_schema(model, name))
+    quotes = " in quotes" if expected.startswith("text") and sources.only_file(name) else ""
+    shown = _found(found) if value else "no value"
+    return f"{sources.named(name, found)}: expected {expected}{quotes}, found {shown}"
 
 
-def _reworded_item(item: Any, model: type[JobConfig]) -> str:
+def _reworded_item(item: Any, model: type[JobConfig], sources: _Sources) -> str:
     """Word one of pydantic's errors: a validator's own message as it is, the others as those of jsonargparse."""
     text = str(item["msg"]).removeprefix("Value error, ")
-    if not item["loc"]:
+    name = str(item["loc"][0]) if item["loc"] else ""
+    if text.startswith(name):
         return text
-    name = str(item["loc"][0])
-    found = f"found {_found(item['input'])}"
+    named = sources.named(name, str(item["input"]))
     if item["type"] == "value_error" or name not in model.model_fields:
-        return f"{name}: {text} ({found})"
-    return f"{name}: expected {_expected(_schema(model, name))}, {found}"
+        return f"{named}: {text} (found {_found(item['input'])})"
+    expected = "a finite number" if item["type"] == "finite_number" else _expected(_schema(model, name))
+    return f"{named}: expected {expected}, found {_found(item['input'])}"
 
 
 def _schema(model: type[JobConfig], name: str) -> dict[str, Any]:
@@ -253,9 +296,12 @@ def _expected(schema: Mapping[str, Any]) -> str:
     if "prefixItems" in schema:
         return f"a list [{', '.join(_expected(item) for item in schema['prefixItems'])}]"
     if schema.get("type") == "array":
-        return f"a list such as [a, b] of {_expected(schema.get('items', {}))}"
+        return f"a list such as [a, b], each {_expected(schema.get('items', {}))}"
     bounds = [f"{word} {schema[key]}" for key, word in _BOUNDS.items() if key in schema]
-    return " ".join([_WORDS.get(schema.get("type", ""), "a value"), " and ".join(bounds)]).strip()
+    words = _WORDS.get(schema.get("type", ""), "a value")
+    if not bounds and schema.get("type") == "number":
+        words = "a finite number"
+    return f"{words} {' and '.join(bounds)}".strip()
 
 
 def repository_root() -> Path:

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from types import FrameType
+from typing import Any, NoReturn
 
 import ray
 
 from cir_core.schema import CirError
 from jobs.config import repository_root
 
-# Ray Data starts footer-reader actors for Parquet reads otherwise: seconds on every execution of a small cluster.
-_ENVIRONMENT = {"RAY_DATA_USE_DATASOURCE_V2": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+# For this process and every worker. A value that the user has set stands.
+_ENVIRONMENT = {
+    "RAY_DATA_USE_DATASOURCE_V2": "0",  # it starts footer-reader actors: seconds per execution on a small cluster
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would show each worker's line twice
+    "RAY_DATA_LOG_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_RESUME = "the same command continues where this one stopped"
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM: from `ray job stop`, a spot machine's notice, or Kubernetes."""
 
 
 def say(message: str) -> None:
@@ -26,36 +42,85 @@ def say(message: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a job's main and leave with its exit code: 0 done, 2 bad input or configuration, 1 failed at run time."""
+    """Run a job's main and leave with its exit code: 0 done, 2 bad input or configuration, 1 failed or stopped.
+
+    SIGTERM unwinds main like Ctrl-C does, so that `finally` blocks run; a second one ends the process at once.
+    """
+    _stop_on_sigterm()
     try:
         main()
-    except CirError as error:
-        message = str(error.cause) if hasattr(error, "cause") else str(error)  # a RayTaskError wraps the cause
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues where this one stopped", file=sys.stderr, flush=True)
-        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        _leave(1, f"stopped{' by SIGTERM' if isinstance(stop, Stopped) else ''}; {_RESUME}")
     except Exception as error:
+        mistake = _mistake(error)
+        if mistake is not None:
+            _leave(2, f"error: {mistake}")
         traceback.print_exc()
-        print(
-            f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (traceback above); "
-            "the same command continues where this one stopped",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(1)
+        cause = getattr(error, "cause", None) or error  # a RayTaskError's own text is a traceback
+        lines = str(cause).strip().splitlines()
+        _leave(1, f"error: {type(cause).__name__}: {lines[0] if lines else ''} (traceback above); {_RESUME}")
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _stop_on_sigterm() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _mistake(error: BaseException) -> str | None:
+    """Return the message of the CirError that caused `error`, in this process or in a Ray worker; None without one."""
+    for cause in _causes(error):
+        if isinstance(cause, CirError) and not isinstance(cause, ray.exceptions.RayError):
+            return str(cause).partition("\nFailed to apply UDF transform")[0]  # Ray Data's note, added to the message
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and everything that it says caused it, each once."""
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        parts: list[Any] = [getattr(current, "cause", None), current.__cause__]  # RayTaskError, raise ... from
+        parts += [
+            getattr(current, "controller_failure", None),
+            *getattr(current, "worker_failures", {}).values(),
+        ]  # Train
+        waiting += [part for part in parts if isinstance(part, BaseException)]
 
 
 def code_version() -> str:
-    """Return the package version, with the commit where the code lies in a git checkout."""
-    version = metadata.version("slerp-tat")
-    command = ["git", "-C", str(repository_root()), "describe", "--always", "--dirty", "--abbrev=12"]
+    """Return the package version, with the commit where the code lies in a git checkout of its own."""
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        version = metadata.version("slerp-tat")
+    except metadata.PackageNotFoundError:
+        version = "0+source"
+    root = repository_root()
+    if not (root / ".git").exists():
+        return version  # installed below someone else's checkout, perhaps: its commit says nothing about this code
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("GIT_")
+    }  # set inside git hooks
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
     except (OSError, subprocess.SubprocessError):
         return version
-    return f"{version}+{commit}"
+    return f"{version}+{commit.stdout.strip()}"
 
 
 def connect() -> None:
@@ -66,14 +131,13 @@ def connect() -> None:
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "")
-    if not os.environ["RAY_AUTH_MODE"]:
-        del os.environ["RAY_AUTH_MODE"]  # a cluster's own choice stands
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster's own choice stands
     try:
         ray.init(
             logging_level=logging.WARNING,
             log_to_driver=True,
-            runtime_env={"env_vars": dict(_ENVIRONMENT)},
+            runtime_env={"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
             ignore_reinit_error=True,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -81,7 +145,23 @@ def connect() -> None:
             f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'auto')}: {str(error).splitlines()[0]}; "
             "start one with `make up`, or check RAY_ADDRESS"
         ) from None
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    _stop_on_sigterm()  # ray.init replaces the handler by one that leaves with exit code 15
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # so that a CirError of a worker arrives as one
+    _quiet_ray_data()
+
+
+def _quiet_ray_data() -> None:
+    """Keep Ray Data's notes and tracebacks in its log file; what it raises reaches `run`, which shows it once."""
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING and not record.exc_info and record.filename != "exceptions.py"
+
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of bars that we switched off
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.filters = [shown]  # RAY_DATA_LOG_LEVEL is read when ray.data is imported, before this
 
 
 def check_resources(needed: dict[str, float], *, wait_s: float = 20.0) -> None:
@@ -92,22 +172,37 @@ def check_resources(needed: dict[str, float], *, wait_s: float = 20.0) -> None:
         wait_s: how long resources in use by others are waited for before the message.
 
     Raises:
-        CirError: the cluster has less in total, or others hold it.
+        CirError: the cluster has less in total and its autoscaler may not add enough, or others hold it.
     """
-    total = ray.cluster_resources()
-    short = {key: (amount, total.get(key, 0.0)) for key, amount in needed.items() if total.get(key, 0.0) < amount}
-    if short:
-        listed = ", ".join(f"{key}: needs {need:g}, cluster has {has:g}" for key, (need, has) in short.items())
-        raise CirError(f"the cluster is too small ({listed}); use fewer workers or add nodes")
+    has = ray.cluster_resources()
+    limit = _autoscaler_limit()
+    most = {key: max(has.get(key, 0.0), limit.get(key, 0.0)) for key in needed}
+    if any(most[key] < amount for key, amount in needed.items()):
+        raise CirError(f"the cluster is too small ({_short(needed, most, 'has')}); use fewer workers or add nodes")
+    if any(has.get(key, 0.0) < amount for key, amount in needed.items()):
+        say(f"the cluster has to grow ({_short(needed, has, 'has')}); its autoscaler adds nodes")
+        return
     deadline = time.monotonic() + wait_s
     while True:
         free = ray.available_resources()
         if all(free.get(key, 0.0) >= amount for key, amount in needed.items()):
             return
         if time.monotonic() > deadline:
-            listed = ", ".join(f"{key}: needs {need:g}, free {free.get(key, 0.0):g}" for key, need in needed.items())
             raise CirError(
-                f"no free resources ({listed}) after {wait_s:g} s: other jobs hold them. `ray job list` shows them; "
-                "wait, stop one, or use fewer workers"
+                f"no free resources ({_short(needed, free, 'free')}) after {wait_s:g} s: other jobs hold them. "
+                "`ray job list` shows them; wait, stop one, or use fewer workers"
             )
         time.sleep(1.0)
+
+
+def _short(needed: dict[str, float], there: dict[str, float], word: str) -> str:
+    """List what is missing: 'CPU: needs 8, has 2'."""
+    missing = [(key, amount, there.get(key, 0.0)) for key, amount in needed.items() if there.get(key, 0.0) < amount]
+    return ", ".join(f"{key}: needs {amount:g}, {word} {found:g}" for key, amount, found in missing)
+
+
+def _autoscaler_limit() -> dict[str, float]:
+    """Return what the cluster may grow to; nothing without an autoscaler. Ray Train asks the same way."""
+    from ray._private.state import state
+
+    return dict(state.get_max_resources_from_cluster_config() or {})

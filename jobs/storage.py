@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
 from pathlib import Path
 from typing import Any, cast
 
 from cir_core import files
 from cir_core.schema import CirError
+from jobs.config import public
+
+_NAME = re.compile(r"\w[^/\\:?*#%\[\]{}\x00-\x1f]{0,199}")  # one folder in every store: no path, glob or URI query
 
 
 def absolute(uri: str) -> str:
     """Return `uri` unchanged if it has a scheme, else as an absolute path.
 
     Raises:
-        CirError: a relative path inside an unpacked Ray working_dir, which Ray deletes after the job.
+        CirError: nothing, or a relative path inside an unpacked Ray working_dir, which Ray deletes after the job.
     """
+    if not uri.strip():
+        raise CirError("an empty path: give a folder or a URI such as s3://bucket/prefix")
     if "://" in uri:
         return uri
     path = Path(uri).expanduser()
@@ -29,21 +36,29 @@ def absolute(uri: str) -> str:
 
 def check_writable(uri: str, field: str) -> None:
     """Write and remove a small file under `uri`, so that a wrong bucket or right shows before work starts."""
-    probe = files.join(uri, f".write-check-{uuid.uuid4().hex}")
     try:
+        probe = files.join(uri, f".write-check-{uuid.uuid4().hex}")
         files.write_bytes(probe, b"")
         filesystem, path = files.filesystem(probe)
         filesystem.delete_file(path)
     except (OSError, CirError) as error:
         raise CirError(
-            f"{field}={uri!r} cannot be written to: {error}. Check that it exists and the credentials may write there"
+            f"{field}={public(uri)!r} cannot be written to: {error}. Check that it exists and the credentials may write there"
         ) from None
 
 
 class RunFolder:
-    """A run's folder `<storage_path>/<job>/<name>/`, its recorded settings and its commit marker `result.json`."""
+    """A run's folder `<storage_path>/<job>/<name>/`, its recorded settings and its commit marker `result.json`.
+
+    `uri` and `path()` open, so they hold the credentials of `storage_path`, if it has any; what is recorded does not.
+    """
 
     def __init__(self, storage_path: str, job: str, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise CirError(
+                f"run name {name!r} cannot be a folder's name: it must begin with a letter or digit, have at most 200 "
+                "characters and none of / \\ : ? * # % [ ] { }; choose another --name"
+            )
         self.name = name
         self.parent = files.join(absolute(storage_path), job)
         self.uri = files.join(self.parent, name)
@@ -59,23 +74,37 @@ class RunFolder:
             CirError: the name belongs to a run with other settings; the message lists the differences.
         """
         recorded = self.path("settings.json")
+        settings = _as_json(settings)
         if not files.exists(recorded):
             files.write_json(recorded, settings)
-            return
-        before = cast(dict[str, Any], files.read_json(recorded))
+        before = self._read("settings.json")  # also after writing: another job may have taken the name meanwhile
         differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
         if differing:
-            shown = ", ".join(f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in differing)
+            shown = ", ".join(f"{key}: {_shown(before, key)} -> {_shown(settings, key)}" for key in differing)
             raise CirError(
-                f"run {self.name!r} exists in {self.parent} with other settings ({shown}); "
+                f"run {self.name!r} exists in {public(self.parent)} with other settings ({shown}); "
                 "choose another --name, or the old settings to resume it"
             )
 
     def result(self) -> dict[str, Any] | None:
         """Return what the finished run recorded, None if it has not finished."""
-        marker = self.path("result.json")
-        return cast(dict[str, Any], files.read_json(marker)) if files.exists(marker) else None
+        return self._read("result.json") if files.exists(self.path("result.json")) else None
 
     def commit(self, result: dict[str, Any]) -> None:
-        """Mark the run as finished; written last."""
-        files.write_json(self.path("result.json"), result)
+        """Mark the run as finished; written last. Credentials in `result` are left out."""
+        files.write_json(self.path("result.json"), _as_json(result))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        found = files.read_json(self.path(name))
+        if not isinstance(found, dict):
+            raise CirError(f"{public(self.path(name))}: not what a job writes; move it away, or choose another --name")
+        return found
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """Return `value` as a reader of the file will see it: without credentials, tuples as lists, keys as text."""
+    return cast(dict[str, Any], json.loads(json.dumps(public(value), allow_nan=False)))
+
+
+def _shown(settings: dict[str, Any], key: str) -> str:
+    return repr(settings[key]) if key in settings else "not set"

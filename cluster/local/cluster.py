@@ -159,6 +159,7 @@ def start_ray(tracking_uri: str) -> dict[str, Any]:
         env = {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": "",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray puts the network address where 127.0.0.1 is asked for
             "MLFLOW_TRACKING_URI": tracking_uri,
             "RAY_DATA_USE_DATASOURCE_V2": "0",
             "RAY_TRAIN_V2_ENABLED": "1",
