@@ -57,7 +57,9 @@ class BatchRetrieveConfig(JobConfig):
     root: str = Field("", description="The benchmark's folder. Empty with 'scenes': generated under storage_path.")
     split: str = Field("test", description="Split that is reported.")
     select_split: str = Field("val", description="Split on which alpha is chosen; empty: the reported split itself.")
-    num_queries: PositiveInt = Field(300, description="Queries per split to generate for 'scenes'; ten pictures each.")
+    num_queries: PositiveInt = Field(
+        300, description="Queries per split to generate for 'scenes'; eleven pictures each."
+    )
     seed: int = Field(0, description="Seed of the generated benchmark and of the bootstrap.")
     protocol: dict[str, Any] = Field(
         {}, description='Protocol options of the benchmark, e.g. \'{"reference": "kept"}\'.'

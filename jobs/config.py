@@ -142,12 +142,15 @@ def _parser(model: type[JobConfig], job: str, description: str, prefix: str) -> 
 
 def _refuse_unknown_variables(prefix: str, model: type[JobConfig]) -> None:
     """Raise CirError for CIR_<JOB>_* variables that set nothing."""
-    known = [f"{prefix}_{name}".upper() for name in (*model.model_fields, "config", "print_config")]
+    known = [*model.model_fields, "config", "print_config"]
     # Kubernetes puts such variables into every pod for a service that is called, say, cir-embed.
     service = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)?)$")
     for name in os.environ:
-        if name.startswith(f"{prefix}_") and name not in known and not service.search(name):
-            raise CirError(f"environment variable {name} sets no field{_near(name, known)}; --help lists every field")
+        field = name.removeprefix(f"{prefix}_")
+        if field == name or service.search(name) or (field.isupper() and field.lower() in known):
+            continue
+        near = _near(field.lower(), known)
+        raise CirError(f"environment variable {name} sets no field{near}; fields are in capitals; --help lists them")
 
 
 class _StrictLoader(yaml.SafeLoader):

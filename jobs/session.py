@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,10 +13,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import ray
+from ray._common.utils import get_ray_address_file
+from ray._private import ray_constants
 
 from cir_core.schema import CirError
 from jobs.config import repository_root
@@ -131,18 +135,24 @@ def connect() -> None:
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    address = _running_cluster()
     if "RAY_ADDRESS" not in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster's own choice stands
+    if address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+        # Ray on Linux takes 127.0.0.1 for the machine's other address otherwise, where a head on loopback does not answer.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False  # the variable was read when ray was imported
     try:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             logging_level=logging.WARNING,
             log_to_driver=True,
             runtime_env={"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
             ignore_reinit_error=True,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CirError(
-            f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'auto')}: {str(error).splitlines()[0]}; "
+            f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}; "
             "start one with `make up`, or check RAY_ADDRESS"
         ) from None
     _stop_on_sigterm()  # ray.init replaces the handler by one that leaves with exit code 15
@@ -150,6 +160,22 @@ def connect() -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # so that a CirError of a worker arrives as one
     _quiet_ray_data()
+
+
+def _running_cluster() -> str | None:
+    """Return the address that ray.init will use: RAY_ADDRESS, else of the cluster that runs here, None without one."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto"):
+        found = Path(get_ray_address_file(None))
+        address = found.read_text().strip() if found.exists() else ""
+    return address if address not in ("", "local") else None
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nothing listens at host:port: Ray would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _quiet_ray_data() -> None:

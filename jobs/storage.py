@@ -19,11 +19,12 @@ def absolute(uri: str) -> str:
     """Return `uri` unchanged if it has a scheme, else as an absolute path.
 
     Raises:
-        CirError: nothing, or a relative path inside an unpacked Ray working_dir, which Ray deletes after the job.
+        CirError: no place is named, or a relative path inside an unpacked Ray working_dir, which Ray deletes after the job.
     """
-    if not uri.strip():
-        raise CirError("an empty path: give a folder or a URI such as s3://bucket/prefix")
-    if "://" in uri:
+    _, separator, rest = uri.partition("://")
+    if not uri.strip() or (separator and not rest.strip("/")):
+        raise CirError(f"{uri!r} names no place: give a folder or a URI such as s3://bucket/prefix")
+    if separator:
         return uri
     path = Path(uri).expanduser()
     if not path.is_absolute() and "runtime_resources" in Path.cwd().parts:
@@ -37,7 +38,7 @@ def absolute(uri: str) -> str:
 def check_writable(uri: str, field: str) -> None:
     """Write and remove a small file under `uri`, so that a wrong bucket or right shows before work starts."""
     try:
-        probe = files.join(uri, f".write-check-{uuid.uuid4().hex}")
+        probe = files.join(absolute(uri), f".write-check-{uuid.uuid4().hex}")
         files.write_bytes(probe, b"")
         filesystem, path = files.filesystem(probe)
         filesystem.delete_file(path)

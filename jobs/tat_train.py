@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow.parquet as pq
+import ray
 import ray.train
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -42,6 +43,8 @@ LORA_FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 SMALL_MODEL = "scenes-tiny"
 # For the small model and the generated pairs: enough steps to see the effect in two minutes on two cores.
 _SMALL_BATCH, _PAPER_BATCH = 128, 1024
+_SMALL_LR, _PAPER_LR = 3e-3, 1e-4
+_SHARD_ROWS = 1000  # of the generated shards
 
 
 class TatTrainConfig(JobConfig):
@@ -53,7 +56,7 @@ class TatTrainConfig(JobConfig):
         description="Image-text shards: a folder, file, glob or {000..099} range of .tar or .parquet at any URI; "
         "'scenes' generates them.",
     )
-    num_pairs: PositiveInt = Field(12_000, description="Pairs to generate when data is 'scenes'.")
+    num_pairs: PositiveInt = Field(16_000, description="Pairs to generate when data is 'scenes'.")
     model: str = Field(SMALL_MODEL, description="open_clip model name, hf-hub:..., local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(None, description="Weights tag of a named model, or a .safetensors file.")
     r: PositiveInt = Field(16, description="LoRA rank.")
@@ -64,7 +67,9 @@ class TatTrainConfig(JobConfig):
         description="Layers of the image tower that get an adapter; one that matches nothing is an error.",
     )
     temperature: PositiveFloat = Field(0.07, description="Fixed temperature of the loss (logit scale 1 / temperature).")
-    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
+    lr: Annotated[float, Field(ge=0)] = Field(
+        0.0, description=f"Peak learning rate of AdamW. 0: {_PAPER_LR}, or {_SMALL_LR} for {SMALL_MODEL}."
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="Weight decay of AdamW (unpublished).")
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="Share of the steps with a linearly rising rate, before a cosine to zero (unpublished)."
@@ -104,6 +109,11 @@ class TatTrainConfig(JobConfig):
         return self.global_batch_size or (_SMALL_BATCH if self.model == SMALL_MODEL else _PAPER_BATCH)
 
     @property
+    def peak_lr(self) -> float:
+        """Learning rate with the default filled in."""
+        return self.lr or (_SMALL_LR if self.model == SMALL_MODEL else _PAPER_LR)
+
+    @property
     def min_workers(self) -> int:
         """Workers that must fit for the run to start."""
         return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
@@ -121,8 +131,11 @@ def find_data(config: TatTrainConfig) -> list[str]:
     folder = files.join(absolute(config.storage_path), "data", f"scenes-pairs-{config.num_pairs}-seed{config.seed}")
     if not files.exists(files.join(folder, "complete.json")):
         say(f"generating {config.num_pairs} pictures with captions in {folder}")
-        shards = scenes.write_pairs(folder, config.num_pairs, seed=config.seed)
-        files.write_json(files.join(folder, "complete.json"), {"shards": len(shards), "pairs": config.num_pairs})
+        write = ray.remote(num_cpus=1)(scenes.write_pairs)
+        numbers = range(-(-config.num_pairs // _SHARD_ROWS))
+        shared = {"seed": config.seed, "shard_rows": _SHARD_ROWS}
+        ray.get([write.remote(folder, config.num_pairs, **shared, only=number) for number in numbers])
+        files.write_json(files.join(folder, "complete.json"), {"shards": len(numbers), "pairs": config.num_pairs})
     return list_shards(folder)
 
 
@@ -134,9 +147,8 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
         total_steps=total,
         warmup_steps=int(config.warmup_fraction * total),
         precision=precision,
-        **config.model_dump(
-            include={"lr", "weight_decay", "max_grad_norm", "temperature", "gradient_checkpointing", "seed"}
-        ),
+        lr=config.peak_lr,
+        **config.model_dump(include={"weight_decay", "max_grad_norm", "temperature", "gradient_checkpointing", "seed"}),
     )
     loss = {"name": "symmetric contrastive", "temperature": config.temperature, "global_batch_size": config.batch}
     tat = {
@@ -287,7 +299,8 @@ def start_tracking(config: TatTrainConfig, folder: RunFolder, uri: str) -> track
         uri,
         experiment=config.experiment,
         name=folder.name,
-        parameters=flat_parameters(config) | {"run_folder": folder.uri, "resolved_batch_size": config.batch},
+        parameters=flat_parameters(config)
+        | {"run_folder": folder.uri, "resolved_batch_size": config.batch, "resolved_lr": config.peak_lr},
         tags={"job": "tat_train", "code_version": code_version()},
         run_id=files.read_json(recorded)["run_id"] if files.exists(recorded) else None,
     )

@@ -54,7 +54,7 @@ def pairs(seed: int, first: int, last: int) -> tuple[np.ndarray[Any, Any], list[
         rng = seeded("pretrain", seed, index)
         scene = random_scene(rng)
         captions.append(describe(scene, rng))
-        images[index - first] = np.asarray(render(scene, rng)).transpose(2, 0, 1)
+        images[index - first] = np.asarray(render(scene, rng, "studio")).transpose(2, 0, 1)
     return images, captions
 
 

@@ -90,28 +90,39 @@ def _reference_for(rng: random.Random, kind: str) -> Scene:
         return scene
 
 
-def compose_query(rng: random.Random, kind: str, num_distractors: int = 4) -> ComposedScene:
-    """Draw one composed query.
+NUM_IMAGE_DISTRACTORS, NUM_TEXT_DISTRACTORS = 6, 3
 
-    Args:
-        rng: source of every choice.
-        kind: "show", "change", "remove" or "add".
-        num_distractors: how many image distractors and how many text distractors, each.
 
-    Returns:
-        The query; no distractor equals the target.
+def _with_context(rng: random.Random, text: str, target: Scene, new: SceneObject) -> str:
+    """Let three sentences in five also mention something that stays, as people do to be understood."""
+    kept = [item for item in target.objects if item != new and f"{item.colour} {item.shape}" not in text]
+    if not kept or rng.random() > 0.6:
+        return text
+    other = phrase(rng.choice(kept), rng, size=rng.random() < 0.5, place=rng.random() < 0.5)
+    return rng.choice((f"{text}, next to {other}", f"{text}, with {other}", f"{text} and {other}"))
+
+
+def _possible_edits(scene: Scene) -> list[str]:
+    impossible = {1: "remove", MAX_OBJECTS: "add"}.get(len(scene.objects))
+    return [kind for kind in KINDS if kind != impossible]
+
+
+def compose_query(rng: random.Random, kind: str) -> ComposedScene:
+    """Draw one composed query of a kind: "show", "change", "remove" or "add". No distractor equals the target.
+
+    Image distractors are the reference after another edit that does not bring what the sentence asks for; text
+    distractors hold what it asks for among other objects.
     """
     reference = _reference_for(rng, kind)
     text, target, new = _EDITS[kind](rng, reference)
+    text = _with_context(rng, text, target, new)
     image_distractors: list[Scene] = []
-    while len(image_distractors) < num_distractors:
-        other_kind = rng.choice([k for k in KINDS if not (k == "remove" and len(reference.objects) == 1)
-                                 and not (k == "add" and len(reference.objects) == MAX_OBJECTS)])  # fmt: skip
-        scene = _EDITS[other_kind](rng, reference)[1]
+    while len(image_distractors) < NUM_IMAGE_DISTRACTORS:
+        scene = _EDITS[rng.choice(_possible_edits(reference))](rng, reference)[1]
         if (scene != target and new not in scene.objects) or (kind == "remove" and scene != target):
             image_distractors.append(scene)
     text_distractors: list[Scene] = []
-    while len(text_distractors) < num_distractors:
+    while len(text_distractors) < NUM_TEXT_DISTRACTORS:
         scene = Scene(random_scene(rng).background, (new,))
         for _ in range(len(target.objects) - 1):
             scene = scene.plus(free_object(rng, scene))

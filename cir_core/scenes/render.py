@@ -1,4 +1,4 @@
-"""Scenes as pictures: 64 x 64 RGB with jitter in place, size, turn, colour and light, so that no two are alike."""
+"""Scenes as pictures: 64 x 64 RGB with jitter in place, size, turn, colour and light; no two are alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import random
 
 import numpy as np
-from PIL import Image, ImageDraw
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
 
 from cir_core.scenes.model import PLACES, Scene, SceneObject
 
@@ -75,12 +76,15 @@ def _draw_object(draw: ImageDraw.ImageDraw, item: SceneObject, background: tuple
     draw.polygon(outline, fill=fill)
 
 
-def render(scene: Scene, rng: random.Random) -> Image.Image:
+def render(scene: Scene, rng: random.Random, look: str = "snapshot") -> Image.Image:
     """Draw a scene.
 
     Args:
         scene: what to show.
         rng: the jitter; the same scene with another generator gives another picture of the same things.
+        look: "studio" is even light and a sharp picture, what the small model was pre-trained on; "snapshot" adds what
+            a cheap camera does: a blotchy background, a colour cast, changed contrast, blur and noise. Training pairs
+            and benchmarks are snapshots: pictures as a catalogue has them, not as the model learnt them.
 
     Returns:
         RGB picture of IMAGE_SIZE x IMAGE_SIZE pixels.
@@ -96,7 +100,22 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     light = ramp[None, :, None] * slope_x + ramp[:, None, None] * slope_y
     noise = np.random.default_rng(rng.getrandbits(32)).integers(-6, 7, small.shape[:2])[..., None]
-    return Image.fromarray(np.clip(small + light + noise, 0, 255).astype(np.uint8))
+    pixels = small + light + noise
+    if look == "snapshot":
+        pixels = _as_snapshot(pixels, rng)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _as_snapshot(pixels: npt.NDArray[np.float64], rng: random.Random) -> npt.NDArray[np.float64]:
+    """Return float[H, W, 3] as a cheap camera sees it."""
+    draw = np.random.default_rng(rng.getrandbits(32))
+    blotches = Image.fromarray(draw.normal(0, 20, (6, 6)).astype(np.float32)).resize((IMAGE_SIZE,) * 2)
+    shown = Image.fromarray(np.clip(pixels + np.asarray(blotches)[..., None], 0, 255).astype(np.uint8))
+    shown = shown.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.1)))
+    contrast, brightness = rng.uniform(0.55, 1.0), rng.uniform(-30, 30)
+    cast = draw.uniform(0.75, 1.25, 3)
+    changed = (np.asarray(shown, dtype=np.float64) - 128) * contrast * cast + 128 + brightness
+    return changed + draw.normal(0, 8, (IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
 def encode_image(image: Image.Image) -> bytes:

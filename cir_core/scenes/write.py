@@ -33,7 +33,13 @@ def _pairs(seed: int, first: int, last: int) -> Iterator[Row]:
 
 
 def write_pairs(
-    uri: str, num_pairs: int, *, seed: int = 0, shard_rows: int = 1000, shard_format: str = "tar"
+    uri: str,
+    num_pairs: int,
+    *,
+    seed: int = 0,
+    shard_rows: int = 1000,
+    shard_format: str = "tar",
+    only: int | None = None,
 ) -> list[str]:
     """Write image-text pairs as shards `NNNNN.tar` or `NNNNN.parquet` and return their URIs.
 
@@ -43,6 +49,7 @@ def write_pairs(
         seed: pair i depends on (seed, i) alone.
         shard_rows: pairs per shard; the last one takes what is left.
         shard_format: "tar" or "parquet".
+        only: write just the shard of this number, so that several processes can share the work.
 
     Raises:
         CirError: a count below one or an unknown format.
@@ -54,7 +61,8 @@ def write_pairs(
     shards = []
     for number, first in enumerate(range(0, num_pairs, shard_rows)):
         shards.append(files.join(uri, f"{number:05d}.{shard_format}"))
-        _WRITERS[shard_format](shards[-1], _pairs(seed, first, min(first + shard_rows, num_pairs)))
+        if only in (None, number):
+            _WRITERS[shard_format](shards[-1], _pairs(seed, first, min(first + shard_rows, num_pairs)))
     return shards
 
 
@@ -73,10 +81,10 @@ def _gallery_rows(split: str, seed: int, scenes: list[Scene], first: int, last: 
 
 
 def write_benchmark(root: str, split: str, num_queries: int, *, seed: int = 0, shard_rows: int = 1000) -> str:
-    """Write a composed-retrieval benchmark of `num_queries` queries and ten gallery pictures a query.
+    """Write a composed-retrieval benchmark of `num_queries` queries and eleven gallery pictures a query.
 
-    Every query brings its reference, its target, four pictures near the reference that do not do what the sentence
-    asks, and four that show what it asks for elsewhere. Every gallery picture that shows exactly the target's
+    Every query brings its reference, its target, six pictures near the reference that do not do what the sentence
+    asks, and three that show what it asks for elsewhere. Every gallery picture that shows exactly the target's
     scene is a target, also one that another query brought in; the query's own comes first.
 
     Args:

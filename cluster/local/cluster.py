@@ -1,46 +1,65 @@
 """A local Ray head and MLflow server on loopback: `make up`, `make down`, `make demo`.
 
     python cluster/local/cluster.py up      # start what is not running, print the addresses
-    python cluster/local/cluster.py down    # stop exactly what `up` started, by pid
+    python cluster/local/cluster.py down    # stop exactly what `up` started
     python cluster/local/cluster.py demo    # up, then both jobs through `ray job submit`
 
 What was started is in .run/cluster.json. Nothing listens on any address but 127.0.0.1. Ray's token authentication is
 off here: whoever has an account on this machine can reach the Jobs API, like a notebook server without a password.
+
+Environment: CIR_RUN_DIR is the folder for state, logs and MLflow's data (.run); CIR_DASHBOARD_PORT, CIR_GCS_PORT and
+CIR_MLFLOW_PORT are the ports to try first (8265, 26379, 5000).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-STATE = ROOT / ".run" / "cluster.json"
-LOGS = ROOT / ".run" / "logs"
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
 PORTS = {"gcs": 26379, "dashboard": 8265, "mlflow": 5000}  # Ray asks for fixed ports above its workers' default range
 START_TIMEOUT_S = 180.0
+MARK = "CIR_STARTED_BY"  # in the environment of everything that a server starts, whatever session it moves to
+
+Record = dict[str, Any]
 
 
 class StartError(RuntimeError):
     """A server did not come up; the message says where its log is."""
 
 
+def run_dir() -> Path:
+    """Return the folder for state, logs and MLflow's data."""
+    return Path(os.environ.get("CIR_RUN_DIR") or ROOT / ".run").absolute()
+
+
+def default_port(name: str) -> int:
+    """Return the port that a server tries first."""
+    variable = f"CIR_{name.upper()}_PORT"
+    text = os.environ.get(variable) or str(PORTS[name])
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
+        raise StartError(f"{variable}={text!r} is not a port: expected a number from 1024 to 65535")
+    return int(text)
+
+
 def free_port(name: str) -> int:
     """Return the default port of a server, or a free one, saying so, when another process has it."""
-    for port in (PORTS[name], 0):
+    for port in (default_port(name) if name in PORTS else 0, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -72,58 +91,106 @@ def alive(record: Mapping[str, Any]) -> psutil.Process | None:
     return None
 
 
-def load_state() -> dict[str, dict[str, Any]]:
+def family(record: Mapping[str, Any]) -> list[psutil.Process]:
+    """Return every living process of a server, also those that outlived it or moved to a session of their own.
+
+    Ray overwrites the environment of some of its processes, so the mark alone does not find all: whatever shares the
+    session that `start` opened with a marked process is ours as well. A session's number is not reused while any of
+    it lives, but is afterwards: without a living leader or a marked process in it, it is someone else's.
+    """
+    leader = alive(record)
+    found = {process.pid: process for process in ([leader, *leader.children(recursive=True)] if leader else [])}
+    in_session: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == record["pid"]:
+                in_session.append(process)
+            if record.get("mark") and process.environ().get(MARK) == record["mark"]:
+                found[process.pid] = process
+    if any(process.pid in found for process in in_session):
+        found |= {process.pid: process for process in in_session}
+    return [process for process in found.values() if process.pid != os.getpid()]
+
+
+def load_state() -> dict[str, Record]:
     """Return the servers that `up` recorded."""
-    return json.loads(STATE.read_text()) if STATE.exists() else {}
+    path = run_dir() / "cluster.json"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError:
+        raise StartError(f"{path} is damaged; stop what still runs by hand, then remove the file") from None
+    return dict(found)
 
 
 def save_state(state: Mapping[str, Any]) -> None:
     """Record the servers, atomically."""
-    STATE.parent.mkdir(parents=True, exist_ok=True)
-    temporary = STATE.with_suffix(".tmp")
+    path = run_dir() / "cluster.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(state, indent=2))
-    temporary.replace(STATE)
+    temporary.replace(path)
 
 
-def start(name: str, command: list[str], extra_env: Mapping[str, str], *, url: str, ready: str) -> dict[str, Any]:
-    """Start a server in a session of its own and wait until `ready` answers."""
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log = LOGS / f"{name}.log"
-    env = {**os.environ, **extra_env, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Let one `up` or `down` work at a time; a second one waits."""
+    run_dir().mkdir(parents=True, exist_ok=True)
+    with (run_dir() / "cluster.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another `up` or `down` is at work, waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def start(
+    state: dict[str, Record], name: str, command: list[str], extra_env: Mapping[str, str], about: Record, *, ready: str
+) -> None:
+    """Start a server in a session of its own, record it with `about` in `state`, and wait until `ready` answers."""
+    log = run_dir() / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    env = {**os.environ, **extra_env, MARK: mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    record = {"pid": process.pid, "started": psutil.Process(process.pid).create_time(), "url": url}
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not answers(ready):
-        if process.poll() is not None or time.monotonic() > deadline:
-            stop(name, record)
+    started = psutil.Process(process.pid).create_time()
+    state[name] = {"pid": process.pid, "started": started, "mark": mark, "ready": ready, **about}
+    save_state(state)  # before it answers: a killed `up` leaves nothing that `down` does not know
+    try:
+        wait_until_ready(state[name], log)
+    except BaseException:
+        stop(name, state.pop(name))
+        save_state(state)
+        raise
+
+
+def wait_until_ready(record: Mapping[str, Any], log: Path, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Wait until a server answers; StartError with the end of its log if it dies or takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not answers(record["ready"]):
+        if alive(record) is None or time.monotonic() > deadline:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise StartError(f"{name} did not start, see {log}:\n{tail}")
+            raise StartError(f"no answer from {record['ready']}, see {log}:\n{tail}")
         time.sleep(0.5)
-    return record
 
 
 def stop(name: str, record: Mapping[str, Any]) -> None:
     """Stop one recorded server with everything it started: SIGTERM first, SIGKILL after 20 s."""
-    leader = alive(record)
-    family = {process.pid: process for process in ([leader, *leader.children(recursive=True)] if leader else [])}
-    # What has lost its parent is still in the session that `start` opened.
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == record["pid"] and process.create_time() >= record["started"] - 1:
-                family[process.pid] = process
-        except (psutil.Error, ProcessLookupError, PermissionError):
-            continue
-    for process in family.values():
-        if leader is None or process.pid == leader.pid:
-            _signal(process, psutil.Process.terminate)
-    _, rest = psutil.wait_procs(list(family.values()), timeout=20)
-    for process in rest:
-        _signal(process, psutil.Process.kill)
-    psutil.wait_procs(rest, timeout=10)
-    print(f"stopped {name}", flush=True)
+    leader, processes = alive(record), family(record)
+    for process in [leader] if leader else processes:
+        _signal(process, psutil.Process.terminate)
+    psutil.wait_procs(processes, timeout=20)
+    for _ in range(5):  # what was being started meanwhile is found by the next look
+        rest = family(record)
+        for process in rest:
+            _signal(process, psutil.Process.kill)
+        psutil.wait_procs(rest, timeout=10)
+        if not rest:
+            break
+    print(f"stopped {name}" if processes else f"{name} was not running", flush=True)
 
 
 def _signal(process: psutil.Process, action: Any) -> None:
@@ -131,10 +198,10 @@ def _signal(process: psutil.Process, action: Any) -> None:
         action(process)
 
 
-def start_mlflow() -> dict[str, Any]:
-    """Start the tracking server: SQLite and artifacts below .run/mlflow, one worker."""
+def start_mlflow(state: dict[str, Record]) -> None:
+    """Start the tracking server: SQLite and artifacts below the run folder, one worker."""
     port = free_port("mlflow")
-    home = ROOT / ".run" / "mlflow"
+    home = run_dir() / "mlflow"
     home.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port),
@@ -144,51 +211,69 @@ def start_mlflow() -> dict[str, Any]:
     ]  # fmt: skip
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     url = f"http://{HOST}:{port}"
-    return start("mlflow", command, env, url=url, ready=f"{url}/health")
+    start(state, "mlflow", command, env, {"url": url}, ready=f"{url}/health")
 
 
-def start_ray(tracking_uri: str) -> dict[str, Any]:
+def start_ray(state: dict[str, Record], tracking_uri: str) -> None:
     """Start a Ray head with dashboard and Jobs API; on a loaded machine that can fail, so up to three times."""
     for attempt in range(3):
         gcs, dashboard = free_port("gcs"), free_port("dashboard")
         command = [
             str(BIN / "ray"), "start", "--head", "--block", f"--node-ip-address={HOST}", f"--port={gcs}",
             f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
+            # Both are fixed otherwise, and a second head on the machine fails or submits its jobs to the first.
+            f"--ray-client-server-port={free_port('ray client')}", "--dashboard-agent-listen-port=0",
             "--object-store-memory=1000000000", "--disable-usage-stats",
         ]  # fmt: skip
         env = {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": "",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray puts the network address where 127.0.0.1 is asked for
+            # Without this, Ray on Linux replaces 127.0.0.1 by the machine's address and listens on all of them.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "MLFLOW_TRACKING_URI": tracking_uri,
             "RAY_DATA_USE_DATASOURCE_V2": "0",
             "RAY_TRAIN_V2_ENABLED": "1",
         }
         url = f"http://{HOST}:{dashboard}"
+        about = {"url": url, "address": f"{HOST}:{gcs}", "tracking_uri": tracking_uri}
         try:
-            record = start("ray", command, env, url=url, ready=f"{url}/api/version")
-            return record | {"address": f"{HOST}:{gcs}", "tracking_uri": tracking_uri}
+            start(state, "ray", command, env, about, ready=f"{url}/api/version")
         except StartError:
             if attempt == 2:
                 raise
             print("Ray did not start, trying again", flush=True)
-    raise AssertionError
+        else:
+            return
 
 
-def up() -> dict[str, dict[str, Any]]:
-    """Start what is not running and return the record of both servers."""
-    state = {name: record for name, record in load_state().items() if alive(record)}
-    if "mlflow" not in state:
-        print("starting the MLflow server", flush=True)
-        state["mlflow"] = start_mlflow()
-        save_state(state)
-    if state.get("ray", {}).get("tracking_uri") != state["mlflow"]["url"]:
-        if "ray" in state:
+def up() -> dict[str, Record]:
+    """Start what is not running or does not answer, and return the record of both servers."""
+    with locked():
+        state = load_state()
+        for name in list(state):
+            if not _still_good(state, name):
+                stop(name, state.pop(name))  # also what a killed server left behind
+                save_state(state)
+        if "mlflow" not in state:
+            print("starting the MLflow server", flush=True)
+            start_mlflow(state)
+        tracking_uri = state["mlflow"]["url"]
+        if "ray" in state and state["ray"]["tracking_uri"] != tracking_uri:
             stop("ray", state.pop("ray"))
-        print("starting the Ray head", flush=True)
-        state["ray"] = start_ray(state["mlflow"]["url"])
-        save_state(state)
-    return state
+        if "ray" not in state:
+            print("starting the Ray head", flush=True)
+            start_ray(state, tracking_uri)
+        return state
+
+
+def _still_good(state: Mapping[str, Record], name: str) -> bool:
+    record = state[name]
+    ready = record.get("ready", record["url"])
+    try:
+        wait_until_ready({**record, "ready": ready}, run_dir() / "logs" / f"{name}.log", timeout_s=30)
+    except StartError:
+        return False
+    return alive(record) is not None
 
 
 def show(state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -201,12 +286,14 @@ def show(state: Mapping[str, Mapping[str, Any]]) -> None:
 
 def down() -> None:
     """Stop what `up` started."""
-    state = load_state()
-    if not state:
-        print("nothing to stop")
-    for name, record in state.items():
-        stop(name, record)
-    STATE.unlink(missing_ok=True)
+    with locked():
+        state = load_state()
+        if not state:
+            print("nothing to stop")
+        for name in list(state):
+            stop(name, state.pop(name))
+            save_state(state)
+        (run_dir() / "cluster.json").unlink(missing_ok=True)
 
 
 def submit(state: Mapping[str, Mapping[str, Any]], script: str) -> None:
@@ -239,6 +326,9 @@ def main() -> None:
         commands[sys.argv[1]]()
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; `make up` and `make down` know what was started", file=sys.stderr)
         sys.exit(1)
 
 

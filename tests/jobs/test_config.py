@@ -180,7 +180,7 @@ def test_a_mistake_in_a_variable_names_the_variable(monkeypatch):
     assert complaint("--lr", "-1").startswith("lr")
     monkeypatch.delenv("CIR_DEMO_LR")
     monkeypatch.setenv("CIR_DEMO_EPOCH", "3")
-    assert "CIR_DEMO_EPOCH sets no field (did you mean CIR_DEMO_EPOCHS?)" in complaint()
+    assert "CIR_DEMO_EPOCH sets no field (did you mean epochs?)" in complaint()
 
 
 def test_variables_that_kubernetes_sets_for_a_service_are_no_mistake(monkeypatch):

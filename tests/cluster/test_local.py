@@ -1,0 +1,278 @@
+"""`make up` and `make down` on real processes, in a folder and on ports of the test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "local" / "cluster.py"
+SPEC = importlib.util.spec_from_file_location("local_cluster", SCRIPT)
+assert SPEC is not None
+assert SPEC.loader is not None
+local_cluster = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(local_cluster)
+
+# A server that answers, with a child that has left its session and ignores SIGTERM.
+SERVER = """
+import http.server, signal, subprocess, sys
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+process = subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=subprocess.PIPE)
+process.stdout.readline()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A run folder of the test's own; whatever was started there is stopped at the end."""
+    short = tempfile.mkdtemp(prefix="cir", dir="/tmp")  # noqa: S108 - the path of a Unix socket has 107 bytes
+    monkeypatch.setenv("CIR_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("RAY_TMPDIR", short)
+    for name in ("GCS", "DASHBOARD", "MLFLOW"):
+        monkeypatch.delenv(f"CIR_{name}_PORT", raising=False)
+    yield tmp_path / "run"
+    command("down")
+    shutil.rmtree(short, ignore_errors=True)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500)
+
+
+def state(home: Path) -> dict[str, dict[str, object]]:
+    return json.loads((home / "cluster.json").read_text())
+
+
+def started_by(home: Path) -> list[psutil.Process]:
+    """Every living process that has this run folder in its environment or its command line."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                own = process.environ().get("CIR_RUN_DIR") == str(home) or str(home) in " ".join(process.cmdline())
+                found += [process] if own else []
+    return found
+
+
+@contextlib.contextmanager
+def bystander() -> Iterator[psutil.Popen]:
+    """A process of somebody else's that leads its session and has a child in it."""
+    script = (
+        "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+    )
+    process = psutil.Popen([sys.executable, "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    try:
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_stale_record_with_a_reused_pid_kills_nothing(home):
+    with bystander() as other:
+        record = {"pid": other.pid, "started": other.create_time() - 1000, "mark": "m", "url": "http://127.0.0.1:9"}
+        for stale in (record, {key: value for key, value in record.items() if key != "mark"}):
+            local_cluster.save_state({"ray": stale, "mlflow": stale})
+            done = command("down")
+            assert done.returncode == 0
+            assert done.stdout.count("was not running") == 2
+            assert not (home / "cluster.json").exists()
+            assert other.is_running()
+            assert [child.is_running() for child in other.children()] == [True]
+
+
+def test_a_stale_record_of_a_session_whose_leader_has_died_kills_nothing(home):
+    script = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+    leader = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stdout=subprocess.PIPE)
+    child = psutil.Process(int(leader.communicate()[0]))
+    try:
+        assert os.getsid(child.pid) == leader.pid  # a daemon whose session has the number of a server of ours
+        old = {"pid": leader.pid, "started": child.create_time() - 1000, "mark": "m", "url": "http://127.0.0.1:9"}
+        local_cluster.save_state({"ray": old})
+        assert command("down").returncode == 0
+        assert child.is_running()
+    finally:
+        child.kill()
+
+
+def start_server(home: Path) -> dict[str, object]:
+    port = local_cluster.free_port("server")
+    url = f"http://127.0.0.1:{port}/"
+    records: dict[str, dict[str, object]] = {}
+    local_cluster.start(records, "server", [sys.executable, "-c", SERVER, str(port)], {}, {"url": url}, ready=url)
+    assert state(home) == records
+    return records["server"]
+
+
+@pytest.mark.parametrize("kill_leader", [False, True])
+def test_stop_finds_children_that_left_the_session_and_ignore_sigterm(home, kill_leader, monkeypatch, capsys):
+    monkeypatch.setattr(psutil, "wait_procs", lambda procs, timeout: WAIT(procs, timeout=min(timeout, 1)))
+    record = start_server(home)
+    assert len(local_cluster.family(record)) == 2
+    if kill_leader:
+        os.kill(int(str(record["pid"])), signal.SIGKILL)
+        os.waitpid(int(str(record["pid"])), 0)
+        assert local_cluster.alive(record) is None
+        assert len(local_cluster.family(record)) == 1
+    local_cluster.stop("server", record)
+    assert local_cluster.family(record) == []
+    assert started_by(home) == []
+    assert "stopped server" in capsys.readouterr().out
+
+
+WAIT = psutil.wait_procs
+
+
+def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(home):
+    with pytest.raises(local_cluster.StartError, match=r"server\.log:\n(.*\n)*.*no such thing"):
+        local_cluster.start(
+            {},
+            "server",
+            [sys.executable, "-c", "raise SystemExit('no such thing')"],
+            {},
+            {},
+            ready="http://127.0.0.1:9/",
+        )
+    assert state(home) == {}
+    assert started_by(home) == []
+
+
+def test_a_busy_default_port_gives_another_one_and_a_message(home, monkeypatch, capsys):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        monkeypatch.setenv("CIR_DASHBOARD_PORT", str(port))
+        other = local_cluster.free_port("dashboard")
+        assert other != port
+        assert f"port {port} (dashboard) is in use" in capsys.readouterr().out
+    assert local_cluster.free_port("dashboard") == port
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["80", "70000", "http", "-1"])
+def test_a_port_that_is_none_is_refused(home, monkeypatch, text):
+    monkeypatch.setenv("CIR_MLFLOW_PORT", text)
+    done = command("up")
+    assert done.returncode == 1
+    assert f"error: CIR_MLFLOW_PORT={text!r} is not a port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_usage_and_nothing_to_do(home):
+    for arguments in ([], ["start"], ["up", "now"]):
+        done = command(*arguments)
+        assert done.returncode == 2
+        assert "usage: cluster.py up | down | demo" in done.stderr
+    done = command("down")
+    assert (done.returncode, done.stdout) == (0, "nothing to stop\n")
+
+
+def test_a_damaged_state_file_is_named(home):
+    home.mkdir(parents=True)
+    (home / "cluster.json").write_text("{half")
+    done = command("down")
+    assert done.returncode == 1
+    assert "cluster.json is damaged" in done.stderr
+    (home / "cluster.json").unlink()
+
+
+def test_a_second_command_waits_for_the_first(home):
+    with local_cluster.locked():
+        waiting = subprocess.Popen([sys.executable, str(SCRIPT), "down"], stdout=subprocess.PIPE, text=True)
+        assert waiting.stdout is not None
+        assert "waiting for it" in waiting.stdout.readline()
+        assert waiting.poll() is None
+    assert waiting.communicate(timeout=30)[0] == "nothing to stop\n"
+
+
+@pytest.mark.slow
+def test_a_killed_up_leaves_nothing_that_down_does_not_know(home):
+    starting = subprocess.Popen([sys.executable, str(SCRIPT), "up"], stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (home / "cluster.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    starting.kill()
+    starting.wait()
+    assert started_by(home)
+    assert "stopped mlflow" in command("down").stdout
+    assert started_by(home) == []
+
+
+@pytest.mark.slow
+def test_up_and_down(home, monkeypatch):
+    """One Ray head and one MLflow server through their life: busy ports, reuse, a killed head, down."""
+    before = {process.pid for process in psutil.process_iter()}
+    with contextlib.ExitStack() as stack:
+        for name in ("GCS", "DASHBOARD", "MLFLOW"):
+            busy = stack.enter_context(socket.socket())
+            busy.bind(("127.0.0.1", 0))
+            busy.listen()
+            monkeypatch.setenv(f"CIR_{name}_PORT", str(busy.getsockname()[1]))
+        first = command("up")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("is in use by another program; taking another one") == 3
+    records = state(home)
+    assert str(records["ray"]["url"]) in first.stdout
+    assert f"export RAY_API_SERVER_ADDRESS={records['ray']['url']}" in first.stdout
+    assert local_cluster.answers(f"{records['mlflow']['url']}/health")
+
+    listening = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for record in records.values()
+        for process in local_cluster.family(record)
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+    second = command("up")
+    assert second.returncode == 0
+    assert "starting" not in second.stdout
+    assert state(home) == records
+
+    os.kill(int(str(records["ray"]["pid"])), signal.SIGKILL)  # `ray start`; the head's servers live on
+    left = local_cluster.family(records["ray"])
+    assert left
+    third = command("up")
+    assert third.returncode == 0, third.stderr
+    assert "stopped ray" in third.stdout
+    assert "starting the Ray head" in third.stdout
+    assert "starting the MLflow server" not in third.stdout
+    assert not any(process.is_running() for process in left)
+    assert state(home)["mlflow"] == records["mlflow"]
+    assert state(home)["ray"]["pid"] != records["ray"]["pid"]
+    assert local_cluster.answers(f"{state(home)['ray']['url']}/api/version")
+
+    done = command("down")
+    assert done.returncode == 0
+    assert "stopped mlflow" in done.stdout
+    assert "stopped ray" in done.stdout
+    assert started_by(home) == []
+    sessions = {int(str(record["pid"])) for record in (*records.values(), *state_of_nothing(home))}
+    for process in psutil.process_iter():
+        if process.pid not in before:
+            with contextlib.suppress(ProcessLookupError):
+                assert os.getsid(process.pid) not in sessions, process
+
+
+def state_of_nothing(home: Path) -> list[dict[str, object]]:
+    assert not (home / "cluster.json").exists()
+    return []
