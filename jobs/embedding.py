@@ -38,7 +38,7 @@ from cir_core.shards import (
 )
 from jobs.session import say
 
-DECODER_CPUS = 0.5
+DECODER_CPUS = 1.0  # decoding takes a core; fewer workers also means fewer imports
 _IN_FLIGHT = 4  # chunks being decoded per encoder: enough to hide a decode behind an encode, small enough for memory
 _FOLDER_ROWS = 4096  # images of a folder that make one part
 

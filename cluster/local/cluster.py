@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -178,18 +180,22 @@ def wait_until_ready(record: Mapping[str, Any], log: Path, timeout_s: float = ST
 
 
 def stop(name: str, record: Mapping[str, Any]) -> None:
-    """Stop one recorded server with everything it started: SIGTERM first, SIGKILL after 20 s."""
+    """Stop one recorded server with everything it started: its leader first, then the rest, SIGKILL at the end."""
     leader, processes = alive(record), family(record)
-    for process in [leader] if leader else processes:
+    if leader:
+        _signal(leader, psutil.Process.terminate)
+        psutil.wait_procs([leader], timeout=20)
+    rest = family(record)
+    for process in rest:
         _signal(process, psutil.Process.terminate)
-    psutil.wait_procs(processes, timeout=20)
+    psutil.wait_procs(rest, timeout=5)
     for _ in range(5):  # what was being started meanwhile is found by the next look
         rest = family(record)
+        if not rest:
+            break
         for process in rest:
             _signal(process, psutil.Process.kill)
         psutil.wait_procs(rest, timeout=10)
-        if not rest:
-            break
     print(f"stopped {name}" if processes else f"{name} was not running", flush=True)
 
 
@@ -225,6 +231,10 @@ def start_ray(state: dict[str, Record], tracking_uri: str) -> None:
             f"--ray-client-server-port={free_port('ray client')}", "--dashboard-agent-listen-port=0",
             "--object-store-memory=1000000000", "--disable-usage-stats",
         ]  # fmt: skip
+        # A folder of its own, short because sockets live in it. In Ray's default folder the head would become the
+        # machine's current cluster, which a bare `ray job submit` looks up by an address that nothing listens on here.
+        folder = hashlib.sha256(str(run_dir()).encode()).hexdigest()[:8]
+        command.append(f"--temp-dir={Path(tempfile.gettempdir()) / f'ray-{folder}'}")
         env = {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": "",

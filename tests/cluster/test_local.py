@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,7 +40,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRe
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Iterator[Path]:
     """A run folder of the test's own; whatever was started there is stopped at the end."""
-    short = tempfile.mkdtemp(prefix="cir", dir="/tmp")  # noqa: S108 - the path of a Unix socket has 107 bytes
+    short = tempfile.mkdtemp(prefix="cir", dir="/tmp")  # the path of a Unix socket has 107 bytes
     monkeypatch.setenv("CIR_RUN_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("RAY_TMPDIR", short)
     for name in ("GCS", "DASHBOARD", "MLFLOW"):
@@ -98,7 +99,7 @@ def test_a_stale_record_with_a_reused_pid_kills_nothing(home):
 
 
 def test_a_stale_record_of_a_session_whose_leader_has_died_kills_nothing(home):
-    script = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
+    script = "import subprocess as s; print(s.Popen(['sleep', '600'], stdout=s.DEVNULL).pid)"
     leader = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stdout=subprocess.PIPE)
     child = psutil.Process(int(leader.communicate()[0]))
     try:
@@ -111,23 +112,27 @@ def test_a_stale_record_of_a_session_whose_leader_has_died_kills_nothing(home):
         child.kill()
 
 
-def start_server(home: Path) -> dict[str, object]:
-    port = local_cluster.free_port("server")
-    url = f"http://127.0.0.1:{port}/"
-    records: dict[str, dict[str, object]] = {}
-    local_cluster.start(records, "server", [sys.executable, "-c", SERVER, str(port)], {}, {"url": url}, ready=url)
-    assert state(home) == records
-    return records["server"]
+def start_server(*command_line: str, ready: str) -> subprocess.CompletedProcess[str]:
+    """Start a server as `up` does, from a process that ends afterwards."""
+    code = (
+        "import json, runpy, sys; main = runpy.run_path(sys.argv[1]);"
+        "main['start']({}, 'server', sys.argv[3:], {}, {'url': sys.argv[2]}, ready=sys.argv[2])"
+    )
+    line = [sys.executable, "-c", code, str(SCRIPT), ready, *command_line]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("kill_leader", [False, True])
 def test_stop_finds_children_that_left_the_session_and_ignore_sigterm(home, kill_leader, monkeypatch, capsys):
     monkeypatch.setattr(psutil, "wait_procs", lambda procs, timeout: WAIT(procs, timeout=min(timeout, 1)))
-    record = start_server(home)
+    port = str(local_cluster.free_port("server"))
+    assert start_server(sys.executable, "-c", SERVER, port, ready=f"http://127.0.0.1:{port}/").returncode == 0
+    record = state(home)["server"]
     assert len(local_cluster.family(record)) == 2
     if kill_leader:
-        os.kill(int(str(record["pid"])), signal.SIGKILL)
-        os.waitpid(int(str(record["pid"])), 0)
+        leader = psutil.Process(int(str(record["pid"])))
+        leader.kill()
+        psutil.wait_procs([leader], timeout=10)
         assert local_cluster.alive(record) is None
         assert len(local_cluster.family(record)) == 1
     local_cluster.stop("server", record)
@@ -140,15 +145,10 @@ WAIT = psutil.wait_procs
 
 
 def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(home):
-    with pytest.raises(local_cluster.StartError, match=r"server\.log:\n(.*\n)*.*no such thing"):
-        local_cluster.start(
-            {},
-            "server",
-            [sys.executable, "-c", "raise SystemExit('no such thing')"],
-            {},
-            {},
-            ready="http://127.0.0.1:9/",
-        )
+    done = start_server(sys.executable, "-c", "raise SystemExit('no such thing')", ready="http://127.0.0.1:9/")
+    assert re.search(
+        r"StartError: no answer from http://127\.0\.0\.1:9/, see .*server\.log:\nno such thing", done.stderr
+    )
     assert state(home) == {}
     assert started_by(home) == []
 
@@ -234,6 +234,10 @@ def test_up_and_down(home, monkeypatch):
     assert f"export RAY_API_SERVER_ADDRESS={records['ray']['url']}" in first.stdout
     assert local_cluster.answers(f"{records['mlflow']['url']}/health")
 
+    temporary = [
+        part.partition("=")[2] for part in psutil.Process(records["ray"]["pid"]).cmdline() if "--temp-dir=" in part
+    ]
+
     listening = {
         connection.laddr.ip.removeprefix("::ffff:")
         for record in records.values()
@@ -259,20 +263,19 @@ def test_up_and_down(home, monkeypatch):
     assert not any(process.is_running() for process in left)
     assert state(home)["mlflow"] == records["mlflow"]
     assert state(home)["ray"]["pid"] != records["ray"]["pid"]
-    assert local_cluster.answers(f"{state(home)['ray']['url']}/api/version")
+    later = state(home)["ray"]
+    assert local_cluster.answers(f"{later['url']}/api/version")
 
     done = command("down")
     assert done.returncode == 0
     assert "stopped mlflow" in done.stdout
     assert "stopped ray" in done.stdout
     assert started_by(home) == []
-    sessions = {int(str(record["pid"])) for record in (*records.values(), *state_of_nothing(home))}
+    assert not (home / "cluster.json").exists()
+    for folder in temporary:
+        shutil.rmtree(folder)
+    sessions = {int(str(record["pid"])) for record in (*records.values(), later)}
     for process in psutil.process_iter():
         if process.pid not in before:
             with contextlib.suppress(ProcessLookupError):
                 assert os.getsid(process.pid) not in sessions, process
-
-
-def state_of_nothing(home: Path) -> list[dict[str, object]]:
-    assert not (home / "cluster.json").exists()
-    return []

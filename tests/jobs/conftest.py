@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import session
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray takes 127.0.0.1 for what it says; read when ray is imported
+os.environ[LOOPBACK] = "0"
+
+from jobs import session  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster" / "local" / "cluster.py"
@@ -31,6 +34,7 @@ class Servers:
         """Return the environment of a job's driver."""
         own = {
             "RAY_ADDRESS": self.ray_address,
+            LOOPBACK: "0",
             "RAY_AUTH_MODE": "disabled",
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "PYTHONWARNINGS": "",

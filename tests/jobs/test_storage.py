@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import threading
 import uuid
 from pathlib import Path
 
@@ -139,6 +141,48 @@ def test_a_refused_place_does_not_print_its_credentials():
         check_writable("nosuch://KEYID:hush@bucket/x", "output")
     assert "hush" not in str(caught.value)
     assert "nosuch://bucket/x" in str(caught.value)
+
+
+class ObjectStore(http.server.BaseHTTPRequestHandler):
+    """Answers every request as S3 does for a bucket that is not there (404) or not ours (403)."""
+
+    code, reason = 404, "NoSuchBucket"
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        text = f"<?xml version='1.0'?><Error><Code>{self.reason}</Code><Message>{self.reason}</Message></Error>"
+        body = b"" if self.command == "HEAD" else text.encode()
+        self.send_response(self.code)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("code", "reason"), [(404, "NoSuchBucket"), (403, "AccessDenied")])
+def test_a_missing_or_foreign_bucket_is_named_without_the_credentials(monkeypatch, code, reason):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    store = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("Store", (ObjectStore,), {"code": code, "reason": reason})
+    )
+    threading.Thread(target=store.serve_forever, daemon=True).start()
+    options = f"endpoint_override=127.0.0.1:{store.server_address[1]}&scheme=http&region=us-east-1"
+    try:
+        with pytest.raises(CirError) as caught:
+            check_writable(f"s3://KEYID:hush@nobucket/runs?{options}", "storage_path")
+    finally:
+        store.shutdown()
+        store.server_close()
+    text = str(caught.value)
+    assert text.startswith("storage_path='s3://nobucket/runs' cannot be written to: ")
+    assert "no such file, folder or bucket" in text if code == 404 else "access refused" in text
+    assert "hush" not in text
+    assert "KEYID" not in text
 
 
 def test_absolute_paths(tmp_path, monkeypatch):
