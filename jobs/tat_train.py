@@ -32,7 +32,7 @@ from cir_core.reporting.plots import training_curves
 from cir_core.shards import list_shards
 from cir_core.tuning import TuningSettings
 from jobs import tracking
-from jobs.config import JobConfig, flat_parameters, parse_config
+from jobs.config import JobConfig, flat_parameters, parse_config, public
 from jobs.session import check_resources, code_version, connect, run, say
 from jobs.storage import RunFolder, absolute, check_writable
 from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards
@@ -154,7 +154,7 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
     tat = {
         "base_model": config.model,
         "pretrained": config.pretrained,
-        "data": config.data,
+        "data": public(config.data),
         "steps": total,
         "loss": loss,
         "code_version": code_version(),
@@ -222,7 +222,7 @@ def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[
     }
 
 
-def publish(tracker: tracking.Tracker, config: TatTrainConfig, result: dict[str, Any]) -> bool:
+def publish(tracker: tracking.Tracker, config: TatTrainConfig, folder: RunFolder, result: dict[str, Any]) -> bool:
     """Write everything the run found to MLflow: missing steps, final metrics, plots, adapter, settings."""
 
     def write() -> None:
@@ -239,7 +239,7 @@ def publish(tracker: tracking.Tracker, config: TatTrainConfig, result: dict[str,
             names = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait_share")
             curves = {key: {row["step"]: row[key] for row in result["history"]} for key in names}
             training_curves(curves, title=f"tat_train {result['name']}", path=str(local / "training.png"))
-            for item in files.list_files(result["adapter_uri"]):
+            for item in files.list_files(folder.path("adapter")):
                 target = local / "adapter" / item.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(files.read_bytes(item.uri))
@@ -355,7 +355,7 @@ def main() -> None:
         result = summarise(config, folder, plan)
         folder.commit(result)
     page = tracker.page
-    folder.commit(result | {"published": publish(tracker, config, result), "page": page})
+    folder.commit(result | {"published": publish(tracker, config, folder, result), "page": page})
     report_rejects(folder)
     show(result, page)
 

@@ -21,11 +21,10 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def alive(record: Mapping[str, Any]) -> psutil.Process | None:
     """Return the recorded process if it still runs; a reused pid is told apart by its start time."""
     try:
         process = psutil.Process(record["pid"])
-        if abs(process.create_time() - record["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+        if abs(process.create_time() - record["started"]) < 1 and running(process):
             return process
     except psutil.NoSuchProcess:
         pass
@@ -111,7 +110,7 @@ def family(record: Mapping[str, Any]) -> list[psutil.Process]:
                 found[process.pid] = process
     if any(process.pid in found for process in in_session):
         found |= {process.pid: process for process in in_session}
-    return [process for process in found.values() if process.pid != os.getpid()]
+    return [process for process in found.values() if process.pid != os.getpid() and running(process)]
 
 
 def load_state() -> dict[str, Record]:
@@ -183,25 +182,31 @@ def stop(name: str, record: Mapping[str, Any]) -> None:
     """Stop one recorded server with everything it started: its leader first, then the rest, SIGKILL at the end."""
     leader, processes = alive(record), family(record)
     if leader:
-        _signal(leader, psutil.Process.terminate)
-        psutil.wait_procs([leader], timeout=20)
-    rest = family(record)
-    for process in rest:
-        _signal(process, psutil.Process.terminate)
-    psutil.wait_procs(rest, timeout=5)
+        end([leader], psutil.Process.terminate, timeout_s=20)
+    end(family(record), psutil.Process.terminate, timeout_s=5)
     for _ in range(5):  # what was being started meanwhile is found by the next look
-        rest = family(record)
-        if not rest:
+        if not end(family(record), psutil.Process.kill, timeout_s=10):
             break
-        for process in rest:
-            _signal(process, psutil.Process.kill)
-        psutil.wait_procs(rest, timeout=10)
     print(f"stopped {name}" if processes else f"{name} was not running", flush=True)
 
 
-def _signal(process: psutil.Process, action: Any) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        action(process)
+def end(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], *, timeout_s: float) -> int:
+    """Signal processes and wait until they have ended, reaped or not; return how many there were."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            signal(process)
+    deadline = time.monotonic() + timeout_s
+    while any(map(running, processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return len(processes)
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether a process has not ended; one that nobody has reaped yet has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_mlflow(state: dict[str, Record]) -> None:
@@ -234,7 +239,8 @@ def start_ray(state: dict[str, Record], tracking_uri: str) -> None:
         # A folder of its own, short because sockets live in it. In Ray's default folder the head would become the
         # machine's current cluster, which a bare `ray job submit` looks up by an address that nothing listens on here.
         folder = hashlib.sha256(str(run_dir()).encode()).hexdigest()[:8]
-        command.append(f"--temp-dir={Path(tempfile.gettempdir()) / f'ray-{folder}'}")
+        parent = os.environ.get("RAY_TMPDIR", "/tmp")  # noqa: S108 - Ray's own default; tempfile's may be too long
+        command.append(f"--temp-dir={parent}/ray-{folder}")
         env = {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ADDRESS": "",

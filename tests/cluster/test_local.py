@@ -124,7 +124,8 @@ def start_server(*command_line: str, ready: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("kill_leader", [False, True])
 def test_stop_finds_children_that_left_the_session_and_ignore_sigterm(home, kill_leader, monkeypatch, capsys):
-    monkeypatch.setattr(psutil, "wait_procs", lambda procs, timeout: WAIT(procs, timeout=min(timeout, 1)))
+    end = local_cluster.end
+    monkeypatch.setattr(local_cluster, "end", lambda *args, timeout_s: end(*args, timeout_s=min(timeout_s, 1)))
     port = str(local_cluster.free_port("server"))
     assert start_server(sys.executable, "-c", SERVER, port, ready=f"http://127.0.0.1:{port}/").returncode == 0
     record = state(home)["server"]
@@ -139,9 +140,6 @@ def test_stop_finds_children_that_left_the_session_and_ignore_sigterm(home, kill
     assert local_cluster.family(record) == []
     assert started_by(home) == []
     assert "stopped server" in capsys.readouterr().out
-
-
-WAIT = psutil.wait_procs
 
 
 def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(home):
@@ -276,6 +274,6 @@ def test_up_and_down(home, monkeypatch):
         shutil.rmtree(folder)
     sessions = {int(str(record["pid"])) for record in (*records.values(), later)}
     for process in psutil.process_iter():
-        if process.pid not in before:
+        if process.pid not in before and local_cluster.running(process):
             with contextlib.suppress(ProcessLookupError):
                 assert os.getsid(process.pid) not in sessions, process
