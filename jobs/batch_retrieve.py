@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cir_core import files, scenes
-from cir_core.benchmarks import Benchmark, load_benchmark
+from cir_core.benchmarks import Benchmark, load_benchmark, protocol_options
 from cir_core.composition import METHODS, takes_alpha
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
@@ -208,6 +208,7 @@ def run_variants(
 def main() -> None:
     """Check everything, then embed, search, evaluate and publish."""
     config = parse_config(BatchRetrieveConfig, "batch_retrieve", __doc__.split("\n")[0])
+    protocol_options(config.benchmark)  # an unknown benchmark is an error that lists the known ones
     uri = tracking.resolve_uri(config.tracking_uri)
     tracking.check_server(uri)
     check_writable(absolute(config.storage_path), "storage_path")

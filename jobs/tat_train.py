@@ -210,7 +210,7 @@ def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[
         "model": config.model,
         "adapter_uri": folder.path("adapter"),
         "merged_uri": folder.path("merged"),
-        "steps": training["step"] if "step" in training else plan.epoch(0).num_steps * config.epochs,
+        "steps": plan.epoch(0).num_steps * config.epochs,
         "samples_seen": training["num_samples"],
         "rejects_structural": len(structural),
         "rejects_images": training["num_rejects"],

@@ -30,7 +30,7 @@ def pairs(tmp_path_factory):
     return folder
 
 
-def arguments(pairs, model, name, **changed):
+def arguments(pairs, model, name, /, **changed):
     settings = {
         "data": str(pairs),
         "model": f"local-dir:{model}",
@@ -142,7 +142,9 @@ def start_and_wait_for_step(servers, command, name, step):
 
 
 def train_workers():
-    return [p for p in psutil.process_iter() if "ray::RayTrainWorker" in " ".join(p.info.get("cmdline") or p.cmdline())]
+    """Return the training workers of the tests' cluster; Ray puts its own title in place of their command line."""
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
 def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninterrupted):
