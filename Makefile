@@ -6,7 +6,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-fast check format pins
+.PHONY: help install demo up down test test-fast campaign check format pins
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,7 +33,11 @@ down:
 
 test: install
 	$(PY) -m pytest -m "not slow" -n 2
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m "slow and not campaign"
+
+# Long end-to-end and kill runs; not part of `make test`.
+campaign: install
+	$(PY) -m pytest -m campaign
 
 test-fast: install
 	$(PY) -m pytest -m "not slow" -n 2

@@ -147,6 +147,7 @@ def train_workers():
     return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
+@pytest.mark.campaign
 def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninterrupted):
     command = servers.command("tat_train", *arguments(pairs, tiny_model_dir, "worker-killed"))
     process = start_and_wait_for_step(servers, command, "worker-killed", 8)
@@ -160,6 +161,7 @@ def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninter
     assert run.adapter == uninterrupted[0].adapter
 
 
+@pytest.mark.campaign
 def test_a_killed_driver_goes_on_with_the_same_command(servers, pairs, tiny_model_dir, uninterrupted):
     given = arguments(pairs, tiny_model_dir, "driver-killed")
     process = start_and_wait_for_step(servers, servers.command("tat_train", *given), "driver-killed", 16)
@@ -174,6 +176,7 @@ def test_a_killed_driver_goes_on_with_the_same_command(servers, pairs, tiny_mode
     assert run.adapter == uninterrupted[0].adapter
 
 
+@pytest.mark.campaign
 def test_unreadable_images_are_left_out_and_reported(servers, tmp_path, tiny_model_dir):
     good = write_pairs(str(tmp_path / "good"), 60)
     shards = tmp_path / "dirty"
@@ -207,6 +210,7 @@ def test_mistakes_are_found_before_work_starts(servers, run_here, pairs, tiny_mo
     assert not (servers.storage / "tat_train" / "mistake").exists()
 
 
+@pytest.mark.campaign
 def test_a_cluster_that_is_too_small_is_named(servers, pairs, tiny_model_dir):
     done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "mistake", num_workers=64))
     assert done.returncode == 2
