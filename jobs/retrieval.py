@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cir_core.benchmarks import Benchmark
-from cir_core.composition import METHODS, query_weights, takes_alpha
+from cir_core.composition import query_weights, takes_alpha
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
 from cir_core.schema import Ranking
@@ -119,8 +119,3 @@ def retrieve(
         protocol: dict[str, object] = {"method": key[0], "alpha": key[1], "store": store.identity}
         rankings[key] = Ranking(query_ids, names[indices], scores, protocol)
     return rankings
-
-
-def all_methods() -> list[str]:
-    """Return the names of all composition methods."""
-    return list(METHODS)
