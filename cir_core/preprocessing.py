@@ -13,15 +13,16 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from cir_core.schema import CirError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Mode = Literal["center_crop", "target_pad", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -223,6 +224,8 @@ def normalize(images_uint8_B3HW: Tensor, mean: Sequence[float], std: Sequence[fl
 
     Raises CirError if the images are not uint8[B, 3, H, W].
     """
+    import torch  # here: processes that only decode start in half the time without it
+
     images = images_uint8_B3HW
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise CirError(f"normalize: expected uint8[B, 3, H, W], found {images.dtype}{list(images.shape)}")

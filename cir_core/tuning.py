@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cir_core.encoders import OpenClipEncoder
 from cir_core.losses import Gather, contrastive_loss
 from cir_core.schema import CirError
+
+if TYPE_CHECKING:
+    from cir_core.encoders.two_tower import OpenClipEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

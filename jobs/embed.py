@@ -14,16 +14,11 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, PositiveInt
-from rich.console import Console
-from rich.table import Table
 
-from cir_core.encoders import load_encoder
 from cir_core.schema import CirError
-from jobs import tracking
-from jobs.config import JobConfig, flat_parameters, parse_config
-from jobs.embedding import DECODER_CPUS, EmbedPlan, embed_stores, find_units, store_spec
-from jobs.session import check_resources, code_version, connect, run, say
-from jobs.storage import absolute, check_writable
+from jobs.config import JobConfig, parse_config
+from jobs.models import inspect_model
+from jobs.session import connect, run
 
 
 class EmbedConfig(JobConfig):
@@ -52,63 +47,17 @@ class EmbedConfig(JobConfig):
 
 
 def main() -> None:
-    """Check everything, then embed, then record the run."""
+    """Read the settings and have a worker check the model while this process imports what embedding needs."""
     config = parse_config(EmbedConfig, "embed", __doc__.split("\n")[0])
     if not config.data:
         raise CirError("--data is needed: the shards or the folder of images to embed")
-    uri = tracking.resolve_uri(config.tracking_uri)
-    tracking.check_server(uri)
-    units, input_digest = find_units(config.data)
-    encoder = load_encoder(
-        config.model, config.pretrained, config.adapter, "cpu", preprocessing_mode=config.preprocessing_mode
-    )
-    spec = store_spec(encoder, dtype=config.dtype, captions=config.captions, input_digest=input_digest)
-    output = absolute(config.output or f"{config.storage_path}/stores/{spec.identity[:16]}")
-    check_writable(output, "output")
     connect()
-    check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
-    tracker = tracking.Tracker.start(
-        uri,
-        experiment=config.experiment,
-        name=f"embed-{spec.identity[:8]}",
-        parameters=flat_parameters(config) | {"store": output, "store_identity": spec.identity},
-        tags={"job": "embed", "code_version": code_version()},
+    checking = inspect_model.remote(
+        config.model, config.pretrained, config.adapter, preprocessing_mode=config.preprocessing_mode
     )
-    say(f"MLflow: {tracker.page}")
-    plan = EmbedPlan(
-        units=tuple(units),
-        output=output,
-        spec=spec,
-        **config.model_dump(
-            include={
-                "model",
-                "pretrained",
-                "adapter",
-                "precision",
-                "preprocessing_mode",
-                "captions",
-                "batch_size",
-                "use_gpu",
-            }
-        ),
-    )
-    try:
-        limit = None if config.max_rejects < 0 else config.max_rejects
-        (store,) = embed_stores([plan], num_encoders=config.num_encoders, max_rejects=limit)
-    except BaseException:
-        tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
-        raise
-    rejects = store.manifest.num_rejects
+    from jobs.embedding_job import embed
 
-    def record() -> None:
-        tracker.log_metrics({"rows": store.num_rows, "rejects": rejects})
-        tracker.finish()
-
-    tracking.publish(record)
-    table = Table(title="embed", show_header=False)
-    for row in (("store", output), ("rows", str(store.num_rows)), ("rejects", str(rejects)), ("MLflow", tracker.page)):
-        table.add_row(*row)
-    Console(width=140).print(table)
+    embed(config, checking)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from torch import Tensor
 from cir_core.benchmarks import Benchmark
 from cir_core.composition import query_weights, takes_alpha
 from cir_core.embedding_store import EmbeddingStore
-from cir_core.encoders import load_encoder
 from cir_core.schema import Ranking
 from cir_core.search import TopK, merge_top_k, weighted_top_k
 
@@ -38,13 +37,6 @@ class Tile:
 def settings_of(methods: Sequence[str], alphas: Sequence[float]) -> list[Setting]:
     """Return every method with every alpha it takes."""
     return [(name, alpha) for name in methods for alpha in (alphas if takes_alpha(name) else [None])]
-
-
-@ray.remote(num_cpus=1)
-def encode_captions(model: str, pretrained: str | None, splits: list[list[str]]) -> tuple[list[Tensor], list[int]]:
-    """Encode relative captions with the text tower, which no adapter touches; also count those it cuts short."""
-    encoder = load_encoder(model, pretrained)
-    return [encoder.encode_texts(texts).cpu() for texts in splits], [encoder.count_truncated(texts) for texts in splits]
 
 
 @ray.remote(num_cpus=1, max_retries=5)

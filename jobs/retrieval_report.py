@@ -15,6 +15,7 @@ from cir_core.reporting import contact_sheet, plots
 from cir_core.schema import Ranking
 from cir_core.shards import Sample, list_shards, read_shard
 from jobs import tracking
+from jobs.models import ModelInfo
 from jobs.retrieval import Setting
 
 SCENES_NOTE = "generated data: a smoke signal, not a benchmark result"
@@ -25,9 +26,7 @@ class Variant:
     """One encoder that is compared. label: as people read it."""
 
     label: str
-    model: str
-    pretrained: str | None
-    adapter: str | None
+    info: ModelInfo
 
 
 @dataclass(frozen=True)

@@ -84,13 +84,13 @@ def _stop_on_sigterm() -> None:
 
 def _mistake(error: BaseException) -> str | None:
     """Return the message of the CirError that caused `error`, in this process or in a Ray worker; None without one."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, CirError) and not isinstance(cause, ray.exceptions.RayError):
             return str(cause).partition("\nFailed to apply UDF transform")[0]  # Ray Data's note, added to the message
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and everything that it says caused it, each once."""
     waiting, seen = [error], set()
     while waiting:

@@ -12,6 +12,7 @@ from cir_core import files
 from cir_core.schema import CirError
 from jobs.config import public
 
+STATE = "state.safetensors"  # what a tuning run can go on from, one in each <run>/state/step-NNNNNNNN/
 _NAME = re.compile(r"\w[^/\\:?*#%\[\]{}\x00-\x1f]{0,199}")  # one folder in every store: no path, glob or URI query
 
 
@@ -109,3 +110,20 @@ def _as_json(value: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(settings: dict[str, Any], key: str) -> str:
     return repr(settings[key]) if key in settings else "not set"
+
+
+def newest_state(train_run_uri: str) -> tuple[int, str | None]:
+    """Return (steps done, URI of the state file) of the newest checkpoint; (0, None) before the first."""
+    best: tuple[int, str | None] = (0, None)
+    if not files.exists(train_run_uri):
+        return best
+    for item in files.list_files(train_run_uri):
+        found = re.search(rf"step-(\d+)/{re.escape(STATE)}$", item.uri)
+        if found and int(found[1]) > best[0]:
+            best = (int(found[1]), item.uri)
+    return best
+
+
+def steps_done(train_run_uri: str) -> int:
+    """Return the steps that the newest checkpoint holds; 0 before the first."""
+    return newest_state(train_run_uri)[0]

@@ -12,39 +12,18 @@ Results: <storage_path>/tat_train/<name>/ with adapter/ (PEFT), merged/ (open_cl
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import pyarrow.parquet as pq
-import ray
-import ray.train
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from rich.console import Console
-from rich.table import Table
 
-from cir_core import files, scenes
-from cir_core.encoders import OpenClipEncoder, load_encoder
-from cir_core.lora import attach_lora
-from cir_core.reporting.plots import training_curves
-from cir_core.shards import list_shards
-from cir_core.tuning import TuningSettings
-from jobs import tracking
-from jobs.config import JobConfig, flat_parameters, parse_config, public
-from jobs.session import check_resources, code_version, connect, run, say
-from jobs.storage import RunFolder, absolute, check_writable
-from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards
-from jobs.training_loop import LoopSettings, newest_state, train_worker
+from jobs.config import JobConfig, parse_config
+from jobs.models import inspect_model
+from jobs.session import connect, run
 
-SCENES = "scenes"
-LORA_FIELDS = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 SMALL_MODEL = "scenes-tiny"
 # For the small model and the generated pairs: enough steps to see the effect in two minutes on two cores.
 _SMALL_BATCH, _PAPER_BATCH = 128, 1024
 _SMALL_LR, _PAPER_LR = 3e-3, 1e-4
-_SHARD_ROWS = 1000  # of the generated shards
 
 
 class TatTrainConfig(JobConfig):
@@ -52,7 +31,7 @@ class TatTrainConfig(JobConfig):
 
     name: str = Field("", description="Run name, unique per logical run. Empty: made from the settings.")
     data: str = Field(
-        SCENES,
+        "scenes",
         description="Image-text shards: a folder, file, glob or {000..099} range of .tar or .parquet at any URI; "
         "'scenes' generates them.",
     )
@@ -119,245 +98,15 @@ class TatTrainConfig(JobConfig):
         return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
-# Settings that say where and how often, not what: they may differ when a run is resumed.
-_OPERATIONAL = ("num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "log_every_steps",
-                "max_failures", "name", "gradient_checkpointing")  # fmt: skip
-
-
-def find_data(config: TatTrainConfig) -> list[str]:
-    """Return the shards to train on, generating them first if they are to be scenes."""
-    if config.data != SCENES:
-        return list_shards(config.data)
-    folder = files.join(absolute(config.storage_path), "data", f"scenes-pairs-{config.num_pairs}-seed{config.seed}")
-    if not files.exists(files.join(folder, "complete.json")):
-        say(f"generating {config.num_pairs} pictures with captions in {folder}")
-        write = ray.remote(num_cpus=1)(scenes.write_pairs)
-        numbers = range(-(-config.num_pairs // _SHARD_ROWS))
-        shared = {"seed": config.seed, "shard_rows": _SHARD_ROWS}
-        ray.get([write.remote(folder, config.num_pairs, **shared, only=number) for number in numbers])
-        files.write_json(files.join(folder, "complete.json"), {"shards": len(numbers), "pairs": config.num_pairs})
-    return list_shards(folder)
-
-
-def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlflow_run_id: str) -> LoopSettings:
-    """Derive what the workers need."""
-    total = plan.epoch(0).num_steps * config.epochs
-    precision = ("bf16" if config.use_gpu else "fp32") if config.precision == "auto" else config.precision
-    tuning = TuningSettings(
-        total_steps=total,
-        warmup_steps=int(config.warmup_fraction * total),
-        precision=precision,
-        lr=config.peak_lr,
-        **config.model_dump(include={"weight_decay", "max_grad_norm", "temperature", "gradient_checkpointing", "seed"}),
-    )
-    loss = {"name": "symmetric contrastive", "temperature": config.temperature, "global_batch_size": config.batch}
-    tat = {
-        "base_model": config.model,
-        "pretrained": config.pretrained,
-        "data": public(config.data),
-        "steps": total,
-        "loss": loss,
-        "code_version": code_version(),
-    }
-    return LoopSettings(
-        run_uri=folder.uri,
-        train_run_uri=folder.path("state"),
-        model=config.model,
-        pretrained=config.pretrained,
-        lora=config.model_dump(include=LORA_FIELDS),
-        tuning=tuning,
-        plan=plan,
-        tat=tat,
-        tracking_uri=tracking.resolve_uri(config.tracking_uri),
-        mlflow_run_id=mlflow_run_id,
-        **config.model_dump(include={"checkpoint_every_steps", "log_every_steps", "gap_samples", "record_samples"}),
-    )
-
-
-def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, preprocessing: Any) -> None:
-    """Run Ray Train to the last step; survives workers that die."""
-    state_uri = settings.train_run_uri
-    filesystem, path = files.filesystem(folder.uri)
-    resources = {"CPU": config.cpus_per_worker}
-    if config.use_gpu:
-        resources["GPU"] = 1
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
-        ),
-        datasets={"train": ray.data.range(1)},  # PlannedBatches makes the data; Ray Train wants a name for it
-        dataset_config=PlannedBatches(settings.plan, preprocessing, lambda: newest_state(state_uri)[0]),
-        run_config=RunConfig(
-            name="state",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    trainer.fit()
-
-
-def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[str, Any]:
-    """Collect what the run's folder says into the final result."""
-    training = files.read_json(folder.path("training.json"))
-    structural = [reject for index in plan.indexes for reject in index.rejects]
-    return {
-        "name": folder.name,
-        "model": config.model,
-        "adapter_uri": folder.path("adapter"),
-        "merged_uri": folder.path("merged"),
-        "steps": plan.epoch(0).num_steps * config.epochs,
-        "samples_seen": training["num_samples"],
-        "rejects_structural": len(structural),
-        "rejects_images": training["num_rejects"],
-        "trainable_fraction": training["trainable_fraction"],
-        "num_parameters": training["num_parameters"],
-        "gap_before": training["gap_before"],
-        "gap_after": training["gap_after"],
-        "history": training["history"],
-    }
-
-
-def publish(tracker: tracking.Tracker, config: TatTrainConfig, folder: RunFolder, result: dict[str, Any]) -> bool:
-    """Write everything the run found to MLflow: missing steps, final metrics, plots, adapter, settings."""
-
-    def write() -> None:
-        have = tracker.logged_steps("loss")
-        series = [(row["step"], {k: v for k, v in row.items() if k != "step"}) for row in result["history"]]
-        tracker.log_series([item for item in series if item[0] not in have])
-        for moment in ("before", "after"):
-            tracker.log_metrics({f"gap_{moment}/{key}": value for key, value in result[f"gap_{moment}"].items()})
-        numbers = ("trainable_fraction", "num_parameters", "samples_seen", "rejects_structural", "rejects_images")
-        tracker.log_metrics({key: result[key] for key in numbers})
-        with tempfile.TemporaryDirectory() as name:
-            local = Path(name)
-            (local / "settings.json").write_text(config.model_dump_json(indent=2))
-            names = ("loss", "lr", "grad_norm", "samples_per_second", "data_wait_share")
-            curves = {key: {row["step"]: row[key] for row in result["history"]} for key in names}
-            training_curves(curves, title=f"tat_train {result['name']}", path=str(local / "training.png"))
-            for item in files.list_files(folder.path("adapter")):
-                target = local / "adapter" / item.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(files.read_bytes(item.uri))
-            tracker.log_folder(name)
-        tracker.tag({"adapter_uri": result["adapter_uri"], "model": result["model"]})
-        tracker.finish()
-
-    return tracking.publish(write)
-
-
-def show(result: dict[str, Any], page: str) -> None:
-    """Print the final table."""
-    table = Table(title=f"tat_train {result['name']}", show_header=False)
-    last = result["history"][-1]
-    rows = [
-        ("steps", f"{result['steps']}"),
-        ("samples seen", f"{result['samples_seen']} ({result['rejects_images']} unreadable images left out)"),
-        ("shard rows rejected", f"{result['rejects_structural']}"),
-        ("final loss", f"{last['loss']:.4f}"),
-        (
-            "trainable",
-            f"{100 * result['trainable_fraction']:.2f} % of {result['num_parameters'] / 1e6:.1f} M parameters",
-        ),
-    ]
-    for key, before in result["gap_before"].items():
-        rows.append((f"gap: {key}", f"{before:.3f} -> {result['gap_after'][key]:.3f}"))
-    rows += [("adapter", result["adapter_uri"]), ("merged weights", result["merged_uri"]), ("MLflow", page)]
-    for row in rows:
-        table.add_row(*row)
-    Console(width=140).print(table)
-
-
-def report_rejects(folder: RunFolder) -> None:
-    """Say which images were left out and why, the commonest reasons first."""
-    if not files.exists(folder.path("rejects")):
-        return
-    reasons: dict[str, int] = {}
-    for item in files.list_files(folder.path("rejects")):
-        filesystem, path = files.filesystem(item.uri)
-        for reason in pq.read_table(path, filesystem=filesystem)["reason"].to_pylist():
-            reasons[reason] = reasons.get(reason, 0) + 1
-    counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    say(f"left out, see {folder.path('rejects')}: {counts}")
-
-
-def check_model(config: TatTrainConfig) -> OpenClipEncoder:
-    """Load the model and attach an adapter to this copy, so that every mistake in model or targets shows at once."""
-    encoder = load_encoder(config.model, config.pretrained, device="cpu")
-    attach_lora(encoder.model, **config.model_dump(include=LORA_FIELDS))
-    return encoder
-
-
-def start_tracking(config: TatTrainConfig, folder: RunFolder, uri: str) -> tracking.Tracker:
-    """Open the run's MLflow run: the one its folder names, or a new one."""
-    recorded = folder.path("mlflow.json")
-    tracker = tracking.Tracker.start(
-        uri,
-        experiment=config.experiment,
-        name=folder.name,
-        parameters=flat_parameters(config)
-        | {"run_folder": folder.uri, "resolved_batch_size": config.batch, "resolved_lr": config.peak_lr},
-        tags={"job": "tat_train", "code_version": code_version()},
-        run_id=files.read_json(recorded)["run_id"] if files.exists(recorded) else None,
-    )
-    files.write_json(recorded, {"run_id": tracker.run_id})
-    return tracker
-
-
-def check(config: TatTrainConfig, uri: str) -> tuple[OpenClipEncoder, RunFolder, dict[str, Any]]:
-    """Find every mistake that can be found without the cluster; return the model, the run's folder and its settings."""
-    tracking.check_server(uri)
-    check_writable(absolute(config.storage_path), "storage_path")
-    if config.data != SCENES:
-        list_shards(config.data)
-    encoder = check_model(config)
-    name = config.name or f"{config.model.replace('/', '-').replace(':', '-')}-{config.digest(_OPERATIONAL)}"
-    folder = RunFolder(config.storage_path, "tat_train", name)
-    settings = config.model_dump(mode="json", exclude={*_OPERATIONAL, "tracking_uri", "experiment", "storage_path"})
-    settings["weights_digest"] = encoder.details.weights_digest
-    if files.exists(folder.path("settings.json")):
-        folder.claim(settings)
-    return encoder, folder, settings
-
-
 def main() -> None:
-    """Check everything, then tune, then publish."""
+    """Read the settings and have a worker check the model while this process imports what training needs."""
     config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
-    uri = tracking.resolve_uri(config.tracking_uri)
-    encoder, folder, settings = check(config, uri)
-    result = folder.result()
-    if result and result.get("published"):
-        say(f"run {folder.name} is already finished: {folder.uri}")
-        show(result, result["page"])
-        return
     connect()
-    if not result:
-        gang = {"CPU": config.cpus_per_worker * config.min_workers + READER_CPUS + DECODER_CPUS}
-        check_resources(gang | ({"GPU": float(config.min_workers)} if config.use_gpu else {}))
-    shards = find_data(config)
-    plan = RunPlan(tuple(index_shards(shards, absolute(config.storage_path))), config.batch, config.seed, config.epochs)
-    steps, done = plan.epoch(0).num_steps * config.epochs, newest_state(folder.path("state"))[0]
-    folder.claim(settings)
-    tracker = start_tracking(config, folder, uri)
-    going_on = f", going on after step {done}" if done else ""
-    say(f"run {folder.name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}{going_on}")
-    say(f"MLflow: {tracker.page}")
-    if not result:
-        try:
-            train(config, folder, loop_settings(config, folder, plan, tracker.run_id), encoder.preprocessing)
-        except BaseException:
-            tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
-            raise
-        result = summarise(config, folder, plan)
-        folder.commit(result)
-    page = tracker.page
-    folder.commit(result | {"published": publish(tracker, config, folder, result), "page": page})
-    report_rejects(folder)
-    show(result, page)
+    lora = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
+    checking = inspect_model.remote(config.model, config.pretrained, lora=lora)
+    from jobs.training_job import tune
+
+    tune(config, lora, checking)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ each worker its part of every step; `step` travels with the row and the training
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataIterator, Dataset
+from ray.data import DataIterator, Dataset, TaskPoolStrategy
 from ray.train import DataConfig
 
 from cir_core import files
@@ -27,8 +29,10 @@ from cir_core.schema import Reject
 from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_sizes
 from jobs.session import say
 
+Batches = Iterator[tuple[dict[str, Any], dict[str, Any]]]
+_T = TypeVar("_T")
 READER_CPUS = 0.25  # a reader waits for storage most of its time
-DECODER_CPUS = 0.5  # decoding takes a core while it runs; two may share one on small machines
+DECODER_CPUS = 0.75  # decoding takes a core while it runs; one worker, one reader, one decoder fit two cores
 
 
 def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 256) -> list[ShardIndex]:
@@ -46,7 +50,7 @@ def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 2
     caches = [files.join(cache_uri, f"{number:06d}.json") for number in range(len(shards))]
     missing = [number for number, cache in enumerate(caches) if cache not in known]
 
-    @ray.remote(num_cpus=READER_CPUS, max_retries=3)
+    @ray.remote(num_cpus=1, max_retries=3)  # not more at once than cores: each process costs seconds to start
     def count(shard: str, cache: str) -> None:
         files.write_json(cache, asdict(index_shard(shard, slice_rows=slice_rows)))
 
@@ -173,6 +177,9 @@ class PlannedBatches(DataConfig):  # type: ignore[misc]
             _read_rounds,
             batch_size=1,
             num_cpus=READER_CPUS,
+            compute=TaskPoolStrategy(
+                size=world_size
+            ),  # one reader outruns any worker; more would only start more processes
             fn_kwargs={"plan_ref": ray.put(self.plan), "world_size": world_size, "first_step": first_step},
         ).map_batches(
             _decode,
@@ -190,7 +197,7 @@ class PlannedBatches(DataConfig):  # type: ignore[misc]
         return [{name: split} for split in dataset.streaming_split(world_size, equal=False)]
 
 
-def worker_batches(iterator: DataIterator, first_step: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def worker_batches(iterator: DataIterator, first_step: int) -> Batches:
     """Yield a worker's batches in step order as (arrays, info); see `_decode` for both.
 
     Raises:
@@ -201,3 +208,16 @@ def worker_batches(iterator: DataIterator, first_step: int) -> Iterator[tuple[di
         if step != expected:
             raise RuntimeError(f"the data pipeline delivered step {step} where step {expected} was due")
         yield {"images": batch["images"][0], "valid": batch["valid"][0]}, json.loads(str(batch["info"][0]))
+
+
+def started(source: Iterator[_T]) -> Iterator[_T]:
+    """Return the items of `source`, asking for the first one now, in a thread."""
+    with_first = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    first = with_first.submit(list, itertools.islice(source, 1))
+    with_first.shutdown(wait=False)
+
+    def items() -> Iterator[_T]:
+        yield from first.result()
+        yield from source
+
+    return items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,52 +23,22 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from cir_core import files
-from cir_core.encoders import OpenClipEncoder, load_encoder
+from cir_core.encoders import load_encoder
+from cir_core.encoders.two_tower import OpenClipEncoder
 from cir_core.lora import TatMetadata, attach_lora, export_merged, save_adapter
 from cir_core.losses import all_gather_with_grad
 from cir_core.modality_gap import modality_gap
 from cir_core.preprocessing import ImageError, preprocess_image
-from cir_core.schema import REJECT_SCHEMA
+from cir_core.schema import REJECT_SCHEMA, CirError
 from cir_core.shards import read_slice
-from cir_core.tuning import StepResult, TextAnchoredTuner, TuningSettings
+from cir_core.tuning import StepResult, TextAnchoredTuner
 from jobs.session import say
+from jobs.storage import STATE
 from jobs.tracking import LiveMetrics
-from jobs.training_data import RunPlan, worker_batches
+from jobs.training_data import Batches
+from jobs.training_worker import LoopSettings
 
-STATE = "state.safetensors"
 _GAP_BATCH = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """What the driver tells every worker. run_uri: the run's folder; the rest is as in TatTrainConfig."""
-
-    run_uri: str
-    train_run_uri: str
-    model: str
-    pretrained: str | None
-    lora: dict[str, Any]
-    tuning: TuningSettings
-    plan: RunPlan
-    tat: dict[str, Any]
-    tracking_uri: str
-    mlflow_run_id: str
-    checkpoint_every_steps: int
-    log_every_steps: int
-    gap_samples: int
-    record_samples: bool
-
-
-def newest_state(train_run_uri: str) -> tuple[int, str | None]:
-    """Return (steps done, URI of the state file) of the newest checkpoint; (0, None) before the first."""
-    best: tuple[int, str | None] = (0, None)
-    if not files.exists(train_run_uri):
-        return best
-    for item in files.list_files(train_run_uri):
-        found = re.search(rf"step-(\d+)/{re.escape(STATE)}$", item.uri)
-        if found and int(found[1]) > best[0]:
-            best = (int(found[1]), item.uri)
-    return best
 
 
 @dataclass
@@ -89,8 +58,8 @@ class _Interval:
             self.samples += [{"step": step, "shard": shard, "key": key} for shard, key in pairs]
 
 
-def train_worker(settings: LoopSettings) -> None:
-    """Run the loop on this worker; Ray Train calls it on each. Returns when the last step is checkpointed."""
+def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: str | None) -> None:
+    """Go on after `steps_done` steps to the last one, from the state at `state_uri`, and save the result."""
     for name in ("", "mlflow"):  # Ray turns the root logger up to INFO, and open_clip and MLflow talk to it
         logging.getLogger(name).setLevel(logging.WARNING)
     context = ray.train.get_context()
@@ -110,7 +79,6 @@ def train_worker(settings: LoopSettings) -> None:
         gather=all_gather_with_grad if world > 1 else None,
         wrap=lambda module: ray.train.torch.prepare_model(module) if world > 1 else module,
     )
-    steps_done, state_uri = newest_state(settings.train_run_uri)
     memory: dict[str, Any] = {"history": [], "trainable_fraction": report.fraction, "num_parameters": report.total}
     if state_uri is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +90,7 @@ def train_worker(settings: LoopSettings) -> None:
     live = LiveMetrics(settings.tracking_uri, settings.mlflow_run_id, marker="loss") if rank == 0 else None
     try:
         if steps_done < settings.tuning.total_steps:
-            _run_steps(settings, tuner, memory, steps_done, live)
+            _run_steps(settings, tuner, memory, batches, steps_done, live)
         if rank == 0:
             _save_result(settings, encoder, memory)
     finally:
@@ -133,19 +101,28 @@ def train_worker(settings: LoopSettings) -> None:
 
 
 def _run_steps(
-    settings: LoopSettings, tuner: TextAnchoredTuner, memory: dict[str, Any], first: int, live: LiveMetrics | None
+    settings: LoopSettings,
+    tuner: TextAnchoredTuner,
+    memory: dict[str, Any],
+    batches: Batches,
+    first: int,
+    live: LiveMetrics | None,
 ) -> None:
     """Steps `first` to the end, with a checkpoint every checkpoint_every_steps and after the last."""
     total = settings.tuning.total_steps
-    iterator = ray.train.get_dataset_shard("train")
     interval, waited, started, begun = _Interval(), 0.0, time.perf_counter(), time.perf_counter()
     asked = time.perf_counter()
-    for index, (arrays, info) in enumerate(worker_batches(iterator, first), start=first):
+    for index, (arrays, info) in enumerate(batches, start=first):
         waited += time.perf_counter() - asked
         images, valid = (torch.from_numpy(arrays[key].copy()) for key in ("images", "valid"))  # Ray's are read-only
         result = tuner.step(index, images, info["texts"], valid)
         interval.add(index, info, record=settings.record_samples)
         done = index + 1
+        if not torch.isfinite(result.grad_norm):  # the same on every rank, and before anything of it is kept
+            raise CirError(
+                f"the gradients of step {done} are not finite, training has diverged; the last checkpoint is sound. Use a "
+                f"smaller --lr (now {settings.tuning.lr:g}) or a larger --temperature, under a --name of its own"
+            )
         if done % settings.log_every_steps == 0 or done == total:
             elapsed = time.perf_counter() - started
             samples = (done - max(first, done - settings.log_every_steps)) * settings.plan.global_batch_size

@@ -8,16 +8,14 @@ encoder.encode_texts(["a red circle"])                      # float32[1, D]
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cir_core.encoders.base import Encoder, EncoderDetails
-from cir_core.encoders.blip import PREFIX, load_blip
-from cir_core.encoders.open_clip_models import load_open_clip
-from cir_core.encoders.two_tower import LoadOptions, OpenClipEncoder
-from cir_core.schema import CirError
 
-__all__ = ["Encoder", "EncoderDetails", "OpenClipEncoder", "load_encoder"]
+if TYPE_CHECKING:
+    from cir_core.encoders.two_tower import OpenClipEncoder
+
+__all__ = ["Encoder", "EncoderDetails", "load_encoder"]
 
 
 def load_encoder(
@@ -44,31 +42,14 @@ def load_encoder(
     preprocessing_mode: a mode of preprocessing.Preprocessing instead of the model's own.
     Raises CirError for every mistake in these, before any work.
     """
-    chosen = _device(device)
-    if precision not in ("auto", "fp32", "bf16"):
-        raise CirError(f"precision must be 'auto', 'fp32' or 'bf16', not {precision!r}")
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" else "fp32"
-    options = LoadOptions(
-        adapter=None if adapter is None else str(adapter),
-        device=chosen,
-        precision=precision,
-        preprocessing_mode=preprocessing_mode,
-    )
-    load = load_blip if model.startswith(PREFIX) else load_open_clip
-    return load(model, pretrained, options)
+    # Imported here: torch, open_clip and transformers take many seconds, and who only names an encoder need not wait.
+    from cir_core.encoders.two_tower import load_options
 
+    options = load_options(adapter, device, precision, preprocessing_mode)
+    if model.startswith("blip:"):
+        from cir_core.encoders.blip import load_blip
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise CirError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', not {device!r}") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise CirError(
-            f"device {device!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; "
-            "use 'auto' or 'cpu'"
-        )
-    return chosen
+        return load_blip(model, pretrained, options)
+    from cir_core.encoders.open_clip_models import load_open_clip
+
+    return load_open_clip(model, pretrained, options)

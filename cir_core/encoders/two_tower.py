@@ -9,6 +9,7 @@ import hashlib
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -34,6 +35,38 @@ class LoadOptions:
     device: torch.device
     precision: str
     preprocessing_mode: str | None
+
+
+def load_options(
+    adapter: str | Path | None, device: str, precision: str, preprocessing_mode: str | None
+) -> LoadOptions:
+    """Check and decide the options of `load_encoder`."""
+    chosen = _device(device)
+    if precision not in ("auto", "fp32", "bf16"):
+        raise CirError(f"precision must be 'auto', 'fp32' or 'bf16', not {precision!r}")
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "fp32"
+    return LoadOptions(
+        adapter=None if adapter is None else str(adapter),
+        device=chosen,
+        precision=precision,
+        preprocessing_mode=preprocessing_mode,
+    )
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise CirError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<n>', not {device!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise CirError(
+            f"device {device!r} is not here: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use 'auto' or 'cpu'"
+        )
+    return chosen
 
 
 class OpenClipEncoder:

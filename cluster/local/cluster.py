@@ -148,7 +148,7 @@ def locked() -> Iterator[None]:
 def start(
     state: dict[str, Record], name: str, command: list[str], extra_env: Mapping[str, str], about: Record, *, ready: str
 ) -> None:
-    """Start a server in a session of its own, record it with `about` in `state`, and wait until `ready` answers."""
+    """Start a server in a session of its own and record it with `about` in `state`; `ready` will answer when it is up."""
     log = run_dir() / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
@@ -160,8 +160,12 @@ def start(
     started = psutil.Process(process.pid).create_time()
     state[name] = {"pid": process.pid, "started": started, "mark": mark, "ready": ready, **about}
     save_state(state)  # before it answers: a killed `up` leaves nothing that `down` does not know
+
+
+def finish_start(state: dict[str, Record], name: str) -> None:
+    """Wait until a started server answers; stop and forget it if it does not."""
     try:
-        wait_until_ready(state[name], log)
+        wait_until_ready(state[name], run_dir() / "logs" / f"{name}.log")
     except BaseException:
         stop(name, state.pop(name))
         save_state(state)
@@ -254,6 +258,7 @@ def start_ray(state: dict[str, Record], tracking_uri: str) -> None:
         about = {"url": url, "address": f"{HOST}:{gcs}", "tracking_uri": tracking_uri}
         try:
             start(state, "ray", command, env, about, ready=f"{url}/api/version")
+            finish_start(state, "ray")
         except StartError:
             if attempt == 2:
                 raise
@@ -270,7 +275,8 @@ def up() -> dict[str, Record]:
             if not _still_good(state, name):
                 stop(name, state.pop(name))  # also what a killed server left behind
                 save_state(state)
-        if "mlflow" not in state:
+        new_mlflow = "mlflow" not in state
+        if new_mlflow:
             print("starting the MLflow server", flush=True)
             start_mlflow(state)
         tracking_uri = state["mlflow"]["url"]
@@ -279,6 +285,8 @@ def up() -> dict[str, Record]:
         if "ray" not in state:
             print("starting the Ray head", flush=True)
             start_ray(state, tracking_uri)
+        if new_mlflow:
+            finish_start(state, "mlflow")  # it started beside Ray
         return state
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cir_core import lora
-from cir_core.encoders import Encoder, OpenClipEncoder, load_encoder
+from cir_core.encoders import Encoder, load_encoder
+from cir_core.encoders.two_tower import OpenClipEncoder
 from cir_core.schema import CirError
 
 MakeModel = Callable[..., Path]

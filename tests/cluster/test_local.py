@@ -116,7 +116,8 @@ def start_server(*command_line: str, ready: str) -> subprocess.CompletedProcess[
     """Start a server as `up` does, from a process that ends afterwards."""
     code = (
         "import json, runpy, sys; main = runpy.run_path(sys.argv[1]);"
-        "main['start']({}, 'server', sys.argv[3:], {}, {'url': sys.argv[2]}, ready=sys.argv[2])"
+        "state = {}; main['start'](state, 'server', sys.argv[3:], {}, {'url': sys.argv[2]}, ready=sys.argv[2]);"
+        "main['finish_start'](state, 'server')"
     )
     line = [sys.executable, "-c", code, str(SCRIPT), ready, *command_line]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)

@@ -65,7 +65,7 @@ def run_here(servers, monkeypatch, capsys):
         module = importlib.import_module(f"jobs.{job}")
         monkeypatch.setattr(sys, "argv", servers.command(job, *arguments)[1:])
         monkeypatch.setenv("MLFLOW_TRACKING_URI", servers.tracking_uri)
-        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # nothing that is found early needs the cluster
+        monkeypatch.setenv("RAY_ADDRESS", servers.ray_address)
         monkeypatch.chdir(servers.storage)
         with pytest.raises(SystemExit) as exit_info:
             session.run(module.main)

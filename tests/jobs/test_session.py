@@ -129,7 +129,7 @@ def test_ctrl_c_is_one_line_and_exit_code_1(capsys):
 def test_a_circle_of_causes_ends():
     first, second = RuntimeError("first"), RuntimeError("second")
     first.__cause__, second.__cause__ = second, first
-    assert list(session._causes(first)) == [first, second]
+    assert list(session.causes(first)) == [first, second]
 
 
 JOB = """

@@ -1,0 +1,76 @@
+"""The driver of an embedding run: check, plan, embed, record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from jobs import tracking
+from jobs.config import flat_parameters
+from jobs.decoding import DECODER_CPUS
+from jobs.embedder import EmbedPlan
+from jobs.embedding import embed_stores, find_units, store_spec
+from jobs.models import ModelInfo
+from jobs.session import check_resources, code_version, say
+from jobs.storage import absolute, check_writable
+
+if TYPE_CHECKING:
+    from jobs.embed import EmbedConfig
+
+
+def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
+    """Check everything, then embed, then record the run. checking: the model, as `inspect_model` will describe it."""
+    uri = tracking.resolve_uri(config.tracking_uri)
+    tracking.check_server(uri)
+    units, input_digest = find_units(config.data)
+    spec = store_spec(
+        ray.get(checking).details, dtype=config.dtype, captions=config.captions, input_digest=input_digest
+    )
+    output = absolute(config.output or f"{config.storage_path}/stores/{spec.identity[:16]}")
+    check_writable(output, "output")
+    check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
+    tracker = tracking.Tracker.start(
+        uri,
+        experiment=config.experiment,
+        name=f"embed-{spec.identity[:8]}",
+        parameters=flat_parameters(config) | {"store": output, "store_identity": spec.identity},
+        tags={"job": "embed", "code_version": code_version()},
+    )
+    say(f"MLflow: {tracker.page}")
+    plan = EmbedPlan(
+        units=tuple(units),
+        output=output,
+        spec=spec,
+        **config.model_dump(
+            include={
+                "model",
+                "pretrained",
+                "adapter",
+                "precision",
+                "preprocessing_mode",
+                "captions",
+                "batch_size",
+                "use_gpu",
+            }
+        ),
+    )
+    try:
+        limit = None if config.max_rejects < 0 else config.max_rejects
+        (store,) = embed_stores([plan], num_encoders=config.num_encoders, max_rejects=limit)
+    except BaseException:
+        tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
+        raise
+    rejects = store.manifest.num_rejects
+
+    def record() -> None:
+        tracker.log_metrics({"rows": store.num_rows, "rejects": rejects})
+        tracker.finish()
+
+    tracking.publish(record)
+    table = Table(title="embed", show_header=False)
+    for row in (("store", output), ("rows", str(store.num_rows)), ("rejects", str(rejects)), ("MLflow", tracker.page)):
+        table.add_row(*row)
+    Console(width=140).print(table)
