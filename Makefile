@@ -1,12 +1,13 @@
 # make demo   install, start Ray and MLflow on loopback, run both jobs: minutes on a laptop
 # make test   the whole test suite          make check  format, lint, types, import contracts
+# make test-fast                            the part without servers: minutes
 # make up / make down                       start / stop exactly the two servers
 # make install                              .venv with everything (what the others begin with)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-fast campaign check format pins
+.PHONY: help install demo up down test test-fast check format pins
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,11 +34,7 @@ down:
 
 test: install
 	$(PY) -m pytest -m "not slow" -n 2
-	$(PY) -m pytest -m "slow and not campaign"
-
-# Long end-to-end and kill runs; not part of `make test`.
-campaign: install
-	$(PY) -m pytest -m campaign
+	$(PY) -m pytest -m slow
 
 test-fast: install
 	$(PY) -m pytest -m "not slow" -n 2

@@ -39,6 +39,7 @@ _SINGLE_PUT_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "http
 _QUERY = re.compile(r"\?[\w.-]+=[^?]*$")  # name=value, so that the ? of a glob stays in the path
 _USERINFO = re.compile(r"^[^/@]+:.*@")  # a secret may hold an unquoted "/"
 _USERINFO_OR_PORT = re.compile(r"^[^/@]+:(?!\d+(?:/|$)).*@")
+_WEB_USERINFO = re.compile(r"^[^/@]+:(?!\d+(?:/|$))[^@]*@")
 _MISSING = ("NO_SUCH_BUCKET", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "Bucket does not exist", "not found")
 _REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
 _PARQUET_FAULTS = (
@@ -78,8 +79,8 @@ def _split(uri: str) -> _Parts:
     found = _QUERY.search(rest)
     query = found.group() if found else ""
     rest = rest[: len(rest) - len(query)]
-    pattern = _USERINFO_OR_PORT if scheme in ("hdfs", "viewfs") else _USERINFO  # a bucket has no port
-    userinfo = pattern.match(rest) if scheme not in ("http", "https") else None
+    patterns = {"hdfs": _USERINFO_OR_PORT, "viewfs": _USERINFO_OR_PORT, "http": _WEB_USERINFO, "https": _WEB_USERINFO}
+    userinfo = patterns.get(scheme, _USERINFO).match(rest)  # a bucket has no port
     start = userinfo.end() if userinfo else 0
     slash = rest.find("/", start)
     slash = len(rest) if slash < 0 else slash
@@ -186,6 +187,8 @@ def join(uri: str, *parts: str) -> str:
     's3://bucket/a/b/c.parquet?region=eu-west-1'
     """
     split = _split(uri)
+    if not split.netloc and split.scheme not in ("", "file"):
+        raise CirError(f"{redact(uri)!r} names no bucket or host; expected {split.scheme}://<bucket>/<folder>")
     query = split.query
     base = uri[: len(uri) - len(query)] if query else uri
     cleaned = [part.strip("/") for part in parts]

@@ -299,7 +299,8 @@ def _expected(schema: Mapping[str, Any]) -> str:
     if "prefixItems" in schema:
         return f"a list [{', '.join(_expected(item) for item in schema['prefixItems'])}]"
     if schema.get("type") == "array":
-        return f"a list such as [a, b], each {_expected(schema.get('items', {}))}"
+        empty = "" if schema.get("minItems", 0) == 0 else "non-empty "
+        return f"a {empty}list such as [a, b], each {_expected(schema.get('items', {}))}"
     bounds = [f"{word} {schema[key]}" for key, word in _BOUNDS.items() if key in schema]
     words = _WORDS.get(schema.get("type", ""), "a value")
     if not bounds and schema.get("type") == "number":

@@ -11,7 +11,7 @@ The same command again continues an interrupted run and reuses a finished one. T
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -43,7 +43,9 @@ class EmbedConfig(JobConfig):
     preprocessing_mode: Literal["center_crop", "target_pad", "squash"] | None = Field(
         None, description="How a picture is brought to size; default: the model's own way."
     )
-    max_rejects: int = Field(-1, description="Stop without committing above this many unreadable images; -1 = never.")
+    max_rejects: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="Stop without committing above this many unreadable images; -1 = never."
+    )
 
 
 def main() -> None:

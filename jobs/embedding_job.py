@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs import tracking
-from jobs.config import flat_parameters
+from jobs.config import flat_parameters, public
 from jobs.decoding import DECODER_CPUS
 from jobs.embedder import EmbedPlan
 from jobs.embedding import embed_stores, find_units, store_spec
@@ -71,6 +71,11 @@ def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
 
     tracking.publish(record)
     table = Table(title="embed", show_header=False)
-    for row in (("store", output), ("rows", str(store.num_rows)), ("rejects", str(rejects)), ("MLflow", tracker.page)):
+    for row in (
+        ("store", public(output)),
+        ("rows", str(store.num_rows)),
+        ("rejects", str(rejects)),
+        ("MLflow", tracker.page),
+    ):
         table.add_row(*row)
     Console(width=140).print(table)

@@ -27,7 +27,7 @@ from jobs.retrieval_report import (
     SCENES_NOTE,
     Outcome,
     Variant,
-    comparison_line,
+    comparisons_table,
     log_variant,
     per_query_columns,
     results_table,
@@ -183,8 +183,9 @@ def retrieve_and_report(
         tracking.publish(record)
     console = Console(width=140)
     console.print(results_table(outcomes, reported))
-    if len(outcomes) == 2:
-        say(comparison_line(outcomes, reported, shown))
+    differences = comparisons_table(outcomes, reported, shown)
+    if differences.row_count:
+        console.print(differences)
     chosen_on = "the same queries, so it is optimistic" if selected is reported else f"split {selected.split!r}"
     say(f"alpha chosen on {chosen_on}. {SCENES_NOTE if reported.name == 'scenes' else ''}")
     say(f"results: {folder.uri}\nMLflow: {parent.page}")

@@ -60,13 +60,23 @@ def results_table(outcomes: Sequence[Outcome], benchmark: Benchmark) -> Table:
     return table
 
 
-def comparison_line(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> str:
-    """Say whether tuning helped this method on the same queries, by a paired bootstrap."""
-    paired = compare(outcomes[0].best(method), outcomes[1].best(method), benchmark.headline)
-    return (
-        f"{method}, after - before TAT, {benchmark.headline}: {100 * paired.difference:+.1f} points "
-        f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}], better in {100 * paired.probability_b_better:.1f} % of resamples"
-    )
+def comparisons_table(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> Table:
+    """Say what tuning did for `method`, and what `method` does better than the others: paired bootstraps, same queries."""
+    last = outcomes[-1]
+    pairs = []
+    if len(outcomes) == 2:
+        labels = [outcome.variant.label for outcome in outcomes]
+        pairs.append((f"{method}: {labels[1]} - {labels[0]}", outcomes[0].best(method), last.best(method)))
+    for outcome in outcomes[::-1]:
+        for rival in (name for name in outcome.chosen if name != method):
+            name = f"{method} {last.variant.label} - {rival} {outcome.variant.label}"
+            pairs.append((name, outcome.best(rival), last.best(method)))
+    table = Table(title=f"differences of {benchmark.headline} in points, the same queries", show_header=False)
+    for name, one, other in pairs:
+        found = compare(one, other, benchmark.headline)
+        interval = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+        table.add_row(name, interval, f"better in {100 * found.probability_b_better:.1f} % of resamples")
+    return table
 
 
 def per_query_columns(outcomes: Sequence[Outcome], benchmark: Benchmark, method: str) -> dict[str, list[Any]]:

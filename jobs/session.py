@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants
 
+from cir_core.files import redact
 from cir_core.schema import CirError
 from jobs.config import repository_root
 
@@ -33,6 +35,7 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+_URI = re.compile(r"\w+://\S+")
 _RESUME = "the same command continues where this one stopped"
 
 
@@ -41,8 +44,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def say(message: str) -> None:
-    """Print a line a person reads while the job runs, at once also through a pipe."""
-    print(message, flush=True)
+    """Print a line a person reads while the job runs, at once also through a pipe; credentials in URIs are left out."""
+    print(_URI.sub(lambda found: redact(found[0]), message), flush=True)
 
 
 def run(main: Callable[[], None]) -> None:

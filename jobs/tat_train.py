@@ -41,7 +41,7 @@ class TatTrainConfig(JobConfig):
     r: PositiveInt = Field(16, description="LoRA rank.")
     lora_alpha: PositiveFloat = Field(16.0, description="LoRA scale: updates are multiplied by lora_alpha / r.")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Dropout before the LoRA layers.")
-    target_modules: list[str] = Field(
+    target_modules: Annotated[list[str], Field(min_length=1)] = Field(
         ["q_proj", "v_proj"],
         description="Layers of the image tower that get an adapter; one that matches nothing is an error.",
     )
@@ -73,7 +73,9 @@ class TatTrainConfig(JobConfig):
     )
     log_every_steps: PositiveInt = Field(10, description="Steps between progress lines and MLflow points.")
     gap_samples: PositiveInt = Field(1024, description="Pairs on which the modality gap is measured before and after.")
-    max_failures: int = Field(8, description="Worker failures survived before the run fails; -1 = any number.")
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        8, description="Worker failures survived before the run fails; -1 = any number."
+    )
     record_samples: bool = Field(False, description="Keep (step, shard, key) of every sample seen, for audits.")
 
     @model_validator(mode="after")

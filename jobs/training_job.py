@@ -182,7 +182,11 @@ def show(result: dict[str, Any], page: str) -> None:
     ]
     for key, before in result["gap_before"].items():
         rows.append((f"gap: {key}", f"{before:.3f} -> {result['gap_after'][key]:.3f}"))
-    rows += [("adapter", result["adapter_uri"]), ("merged weights", result["merged_uri"]), ("MLflow", page)]
+    rows += [
+        ("adapter", public(result["adapter_uri"])),
+        ("merged weights", public(result["merged_uri"])),
+        ("MLflow", page),
+    ]
     for row in rows:
         table.add_row(*row)
     Console(width=140).print(table)

@@ -147,9 +147,10 @@ def _measured(
     result: StepResult, settings: LoopSettings, *, elapsed: float, waited: float, samples: int
 ) -> dict[str, float]:
     loss = result.loss.float().clone()
-    if dist.is_initialized():
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1:
         dist.all_reduce(loss)
-        loss /= dist.get_world_size()
+        loss /= world
     return {
         "loss": float(loss),
         "lr": result.lr,
@@ -157,6 +158,7 @@ def _measured(
         "grad_norm": float(result.grad_norm),
         "samples_per_second": samples / elapsed,
         "data_wait_share": min(1.0, waited / elapsed),
+        "num_workers": world,
     }
 
 

@@ -184,14 +184,20 @@ def wait_until_ready(record: Mapping[str, Any], log: Path, timeout_s: float = ST
 
 def stop(name: str, record: Mapping[str, Any]) -> None:
     """Stop one recorded server with everything it started: its leader first, then the rest, SIGKILL at the end."""
-    leader, processes = alive(record), family(record)
+    leader, known = alive(record), set(family(record))
+
+    def left() -> list[psutil.Process]:
+        """What was found before and lives, whose marked kin may be gone by now, and what was started meanwhile."""
+        known.update(family(record))
+        return [process for process in known if running(process)]
+
     if leader:
         end([leader], psutil.Process.terminate, timeout_s=20)
-    end(family(record), psutil.Process.terminate, timeout_s=5)
-    for _ in range(5):  # what was being started meanwhile is found by the next look
-        if not end(family(record), psutil.Process.kill, timeout_s=10):
+    end(left(), psutil.Process.terminate, timeout_s=5)
+    for _ in range(5):
+        if not end(left(), psutil.Process.kill, timeout_s=10):
             break
-    print(f"stopped {name}" if processes else f"{name} was not running", flush=True)
+    print(f"stopped {name}" if known else f"{name} was not running", flush=True)
 
 
 def end(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], *, timeout_s: float) -> int:

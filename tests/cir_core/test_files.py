@@ -117,6 +117,8 @@ def test_unknown_scheme():
         ("s3://bucket/0000?.tar", "s3://bucket/0000?.tar"),
         ("https://me:pw@host:8080/a?X-Amz-Signature=abc&b=c/d", "https://host:8080/a"),
         ("https://host/a?token", "https://host/a"),
+        ("https://me:p/w@host/a@b", "https://host/a@b"),
+        ("https://host:8080/a:b@c", "https://host:8080/a:b@c"),
         (
             "abfs://container@account.dfs.core.windows.net/a",
             "abfs://container@account.dfs.core.windows.net/a",
@@ -152,3 +154,5 @@ def test_object_store_keys_are_literal():
     _, path = files.filesystem("s3://bucket/a b/100%25?region=us-east-1")
     assert path == "bucket/a b/100%25"
     assert files.join("s3://bucket?region=r", "a b") == "s3://bucket/a b?region=r"
+    with pytest.raises(CirError, match="names no bucket"):
+        files.join("s3://", "a")

@@ -143,6 +143,30 @@ def test_stop_finds_children_that_left_the_session_and_ignore_sigterm(home, kill
     assert "stopped server" in capsys.readouterr().out
 
 
+def test_stop_remembers_processes_that_only_their_marked_kin_gave_away(home, monkeypatch):
+    """Ray overwrites the environment of some processes; they outlive SIGTERM while the marked ones die of it."""
+    end = local_cluster.end
+    monkeypatch.setattr(local_cluster, "end", lambda *args, timeout_s: end(*args, timeout_s=min(timeout_s, 1)))
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    script = (
+        "import os, subprocess, sys, time; env = dict(os.environ); env.pop(sys.argv[1]);"
+        "a = subprocess.Popen(['sleep', '600']); b = subprocess.Popen([sys.executable, '-c', sys.argv[2]], env=env);"
+        "print(b.pid, flush=True); time.sleep(600)"
+    )
+    line = [sys.executable, "-c", script, local_cluster.MARK, deaf]
+    env = {**os.environ, local_cluster.MARK: "of this test"}
+    with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
+        unmarked = psutil.Process(int(sorted(leader.stdout.readline() for _ in range(2))[0]))
+        record = {"pid": leader.pid, "started": psutil.Process(leader.pid).create_time(), "mark": "of this test"}
+        leader.kill()
+        leader.wait()
+        assert len(local_cluster.family(record)) == 2
+        local_cluster.stop("server", record)
+    assert not local_cluster.running(unmarked)
+
+
 def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(home):
     done = start_server(sys.executable, "-c", "raise SystemExit('no such thing')", ready="http://127.0.0.1:9/")
     assert re.search(
@@ -259,7 +283,7 @@ def test_up_and_down(home, monkeypatch):
     assert "stopped ray" in third.stdout
     assert "starting the Ray head" in third.stdout
     assert "starting the MLflow server" not in third.stdout
-    assert not any(process.is_running() for process in left)
+    assert [process for process in left if local_cluster.running(process)] == []
     assert state(home)["mlflow"] == records["mlflow"]
     assert state(home)["ray"]["pid"] != records["ray"]["pid"]
     later = state(home)["ray"]

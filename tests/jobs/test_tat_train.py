@@ -65,7 +65,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def uninterrupted(servers, pairs, tiny_model_dir):
-    done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "whole"))
+    done = servers.run_alone("tat_train", *arguments(pairs, tiny_model_dir, "whole"))
     assert done.returncode == 0, done.stderr[-3000:]
     return Run(servers, "whole"), done.stdout
 
@@ -110,8 +110,7 @@ def test_a_name_with_other_settings_is_refused(servers, pairs, tiny_model_dir, u
 def test_two_workers_equal_one(servers, pairs, tiny_model_dir):
     """Same global batches, so same losses; dropout is off because each worker draws its own."""
     runs = []
-    for workers in (1, 2):
-        name = f"workers-{workers}"
+    for name, workers in (("one", 1), ("elastic", "[1, 2]")):  # a range takes as many as there is room for
         done = servers.run(
             "tat_train",
             *arguments(pairs, tiny_model_dir, name, num_workers=workers, lora_dropout=0, cpus_per_worker=0.25),
@@ -119,6 +118,7 @@ def test_two_workers_equal_one(servers, pairs, tiny_model_dir):
         assert done.returncode == 0, done.stderr[-3000:]
         runs.append(Run(servers, name))
     one, two = runs
+    assert [{row["num_workers"] for row in run.result["history"]} for run in runs] == [{1}, {2}]
     assert [row["loss"] for row in two.result["history"]] == pytest.approx(
         [row["loss"] for row in one.result["history"]], abs=1e-5
     )
@@ -147,7 +147,6 @@ def train_workers():
     return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
-@pytest.mark.campaign
 def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninterrupted):
     command = servers.command("tat_train", *arguments(pairs, tiny_model_dir, "worker-killed"))
     process = start_and_wait_for_step(servers, command, "worker-killed", 8)
@@ -161,7 +160,6 @@ def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninter
     assert run.adapter == uninterrupted[0].adapter
 
 
-@pytest.mark.campaign
 def test_a_killed_driver_goes_on_with_the_same_command(servers, pairs, tiny_model_dir, uninterrupted):
     given = arguments(pairs, tiny_model_dir, "driver-killed")
     process = start_and_wait_for_step(servers, servers.command("tat_train", *given), "driver-killed", 16)
@@ -176,7 +174,6 @@ def test_a_killed_driver_goes_on_with_the_same_command(servers, pairs, tiny_mode
     assert run.adapter == uninterrupted[0].adapter
 
 
-@pytest.mark.campaign
 def test_unreadable_images_are_left_out_and_reported(servers, tmp_path, tiny_model_dir):
     good = write_pairs(str(tmp_path / "good"), 60)
     shards = tmp_path / "dirty"
@@ -202,15 +199,14 @@ def test_unreadable_images_are_left_out_and_reported(servers, tmp_path, tiny_mod
         ({"storage_path": "/proc/nowhere"}, "storage_path"),
     ],
 )
-def test_mistakes_are_found_before_work_starts(servers, run_here, pairs, tiny_model_dir, changed, message):
-    code, printed = run_here("tat_train", *arguments(pairs, tiny_model_dir, "mistake", **changed))
-    assert code == 2
-    assert message in printed
-    assert "Traceback" not in printed
+def test_mistakes_are_found_before_work_starts(servers, pairs, tiny_model_dir, changed, message):
+    refused = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "mistake", **changed))
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert not (servers.storage / "tat_train" / "mistake").exists()
 
 
-@pytest.mark.campaign
 def test_a_cluster_that_is_too_small_is_named(servers, pairs, tiny_model_dir):
     done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "mistake", num_workers=64))
     assert done.returncode == 2

@@ -26,9 +26,8 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def connected(servers):
-    ray.init(address=servers.ray_address, log_to_driver=False, logging_level="WARNING")
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        ray.init(address=servers.ray_address, log_to_driver=False, logging_level="WARNING")
 
 
 def deliver(plan, world_size, first_step):
