@@ -41,6 +41,7 @@ def arguments(pairs, model, name, /, **changed):
         "log_every_steps": 1,
         "record_samples": "true",
         "lr": 1e-3,
+        "lora_dropout": 0,  # each worker draws its own, so with it two do not equal one
         **changed,
     }
     return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
@@ -107,22 +108,18 @@ def test_a_name_with_other_settings_is_refused(servers, pairs, tiny_model_dir, u
     assert "lr: 0.001 -> 0.5" in refused.stderr
 
 
-def test_two_workers_equal_one(servers, pairs, tiny_model_dir):
-    """Same global batches, so same losses; dropout is off because each worker draws its own."""
-    runs = []
-    for name, workers in (("one", 1), ("elastic", "[1, 2]")):  # a range takes as many as there is room for
-        done = servers.run(
-            "tat_train",
-            *arguments(pairs, tiny_model_dir, name, num_workers=workers, lora_dropout=0, cpus_per_worker=0.25),
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        runs.append(Run(servers, name))
-    one, two = runs
-    assert [{row["num_workers"] for row in run.result["history"]} for run in runs] == [{1}, {2}]
+def test_two_workers_equal_one(servers, pairs, tiny_model_dir, uninterrupted):
+    """Same global batches, so same losses. A range of workers takes as many as there is room for."""
+    done = servers.run(
+        "tat_train", *arguments(pairs, tiny_model_dir, "elastic", num_workers="[1, 2]", cpus_per_worker=0.25)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = uninterrupted[0], Run(servers, "elastic")
+    assert [{row["num_workers"] for row in run.result["history"]} for run in (one, two)] == [{1}, {2}]
     assert [row["loss"] for row in two.result["history"]] == pytest.approx(
         [row["loss"] for row in one.result["history"]], abs=1e-5
     )
-    weights = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in runs]
+    weights = [load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (one, two)]
     for name, value in weights[0].items():
         assert weights[1][name] == pytest.approx(value, abs=1e-5)
     assert sorted(one.samples) == sorted(two.samples)
