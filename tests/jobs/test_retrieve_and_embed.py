@@ -44,10 +44,19 @@ def embed(servers, data, output, model, *more):
     return servers.run("embed", "--data", str(data), "--output", str(output), "--model", f"local-dir:{model}", *more)
 
 
-def test_a_store_holds_what_the_encoder_says(servers, pairs, tiny_model_dir, tmp_path):
-    done = embed(servers, pairs, tmp_path / "store", tiny_model_dir, "--captions", "embed", "--batch_size", "64")
+WITH_CAPTIONS = ("--captions", "embed", "--batch_size", "64")
+
+
+@pytest.fixture(scope="module")
+def whole_store(servers, pairs, tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    done = embed(servers, pairs, folder, tiny_model_dir, *WITH_CAPTIONS)
     assert done.returncode == 0, done.stderr[-3000:]
-    store = EmbeddingStore.open(str(tmp_path / "store"))
+    return folder
+
+
+def test_a_store_holds_what_the_encoder_says(servers, pairs, tiny_model_dir, whole_store):
+    store = EmbeddingStore.open(str(whole_store))
     encoder = load_encoder(f"local-dir:{tiny_model_dir}")
     rows = [row for shard in sorted(pairs.iterdir()) for row in read_shard(str(shard))]
     blocks = list(store.iter_blocks(columns=("caption", "caption_embedding")))
@@ -58,7 +67,7 @@ def test_a_store_holds_what_the_encoder_says(servers, pairs, tiny_model_dir, tmp
     assert np.concatenate([block.embeddings for block in blocks]) == pytest.approx(expected, abs=1e-5)
     texts = np.concatenate([block.columns["caption_embedding"] for block in blocks])
     assert texts == pytest.approx(encoder.encode_texts([row.caption for row in rows]).numpy(), abs=1e-5)
-    again = embed(servers, pairs, tmp_path / "store", tiny_model_dir, "--captions", "embed", "--batch_size", "64")
+    again = embed(servers, pairs, whole_store, tiny_model_dir, *WITH_CAPTIONS)
     assert again.returncode == 0
     assert "reused" in again.stdout
 
@@ -80,12 +89,10 @@ def test_an_image_folder_is_embedded(servers, pairs, tiny_model_dir, tmp_path):
     assert not (tmp_path / "other" / "manifest.json").exists()
 
 
-def test_a_killed_embedding_goes_on_and_ends_the_same(servers, pairs, tiny_model_dir, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert embed(servers, pairs, whole, tiny_model_dir).returncode == 0
-    command = servers.command(
-        "embed", "--data", str(pairs), "--output", str(cut), "--model", f"local-dir:{tiny_model_dir}"
-    )
+def test_a_killed_embedding_goes_on_and_ends_the_same(servers, pairs, tiny_model_dir, tmp_path, whole_store):
+    cut = tmp_path / "cut"
+    model = f"local-dir:{tiny_model_dir}"
+    command = servers.command("embed", "--data", str(pairs), "--output", str(cut), "--model", model, *WITH_CAPTIONS)
     process = subprocess.Popen(command, env=servers.environment(), cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not list(cut.glob("_progress/part-*.json")):
@@ -98,10 +105,10 @@ def test_a_killed_embedding_goes_on_and_ends_the_same(servers, pairs, tiny_model
         if "ShardEmbedder" in worker.name():
             worker.kill()
     assert not (cut / "manifest.json").exists()
-    done = embed(servers, pairs, cut, tiny_model_dir)
+    done = embed(servers, pairs, cut, tiny_model_dir, *WITH_CAPTIONS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on with the rest" in done.stdout
-    digests = [[part.sha256 for part in EmbeddingStore.open(str(uri)).parts] for uri in (whole, cut)]
+    digests = [[part.sha256 for part in EmbeddingStore.open(str(uri)).parts] for uri in (whole_store, cut)]
     assert digests[0] == digests[1]
 
 

@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import mlflow
 import psutil
@@ -25,8 +24,11 @@ STEPS = 63  # 1000 / 16, rounded up
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
+    """Good pairs, one whose image cannot be decoded, and one that is not even a pair."""
     folder = tmp_path_factory.mktemp("pairs")
-    write_pairs(str(folder), NUM_PAIRS, shard_rows=300)
+    write_pairs(str(folder), NUM_PAIRS - 1, shard_rows=300)
+    bad = [("html", b"<html>not found</html>", "jpg", "a page"), ("empty", b"", "jpg", "nothing")]
+    write_tar_shard(str(folder / "00004.tar"), bad)
     return folder
 
 
@@ -62,6 +64,7 @@ class Run:
         assert len(seen) == len(set(seen)) == NUM_PAIRS
         assert {step for step, _, _ in self.samples} == set(range(STEPS))
         assert self.result["steps"] == STEPS
+        assert (self.result["rejects_images"], self.result["rejects_structural"]) == (1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,7 @@ def test_a_run_leaves_what_it_promises(servers, pairs, tiny_model_dir, uninterru
     run, printed = uninterrupted
     run.check_every_sample_once()
     assert f"step {STEPS}/{STEPS} (100 %)" in printed
+    assert "unreadable: 1" in printed
     tat = TatMetadata.read(run.folder / "adapter")
     assert (tat.steps, tat.base_model) == (STEPS, f"local-dir:{tiny_model_dir}")
     tuned = load_encoder(f"local-dir:{tiny_model_dir}", adapter=run.folder / "adapter")
@@ -125,17 +129,14 @@ def test_two_workers_equal_one(servers, pairs, tiny_model_dir, uninterrupted):
     assert sorted(one.samples) == sorted(two.samples)
 
 
-def start_and_wait_for_step(servers, command, name, step):
-    """Start a run and return its process once `step` is checkpointed."""
-    log = (servers.storage / f"{name}.log").open("w")
-    process = subprocess.Popen(command, env=servers.environment(), cwd=servers.storage, stdout=log, stderr=log)
+def wait_for_step(servers, process, name, step):
+    """Wait until a running process has checkpointed `step`."""
     state = servers.storage / "tat_train" / name / "state"
     deadline = time.monotonic() + 240
     while not any(int(path.parent.name[5:]) >= step for path in state.glob("step-*/state.safetensors")):
         assert process.poll() is None, (servers.storage / f"{name}.log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return process
 
 
 def train_workers():
@@ -144,45 +145,27 @@ def train_workers():
     return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
-def test_a_killed_worker_changes_nothing(servers, pairs, tiny_model_dir, uninterrupted):
-    command = servers.command("tat_train", *arguments(pairs, tiny_model_dir, "worker-killed"))
-    process = start_and_wait_for_step(servers, command, "worker-killed", 8)
+def test_a_killed_worker_and_a_killed_driver_change_nothing(servers, pairs, tiny_model_dir, uninterrupted):
+    given = arguments(pairs, tiny_model_dir, "killed")
+    with (servers.storage / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            servers.command("tat_train", *given), env=servers.environment(), cwd=servers.storage, stdout=log, stderr=log
+        )
+    wait_for_step(servers, process, "killed", 8)
     victims = train_workers()
     assert victims
     for victim in victims:
         victim.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=400) == 0, (servers.storage / "worker-killed.log").read_text()[-3000:]
-    run = Run(servers, "worker-killed")
-    run.check_every_sample_once()
-    assert run.adapter == uninterrupted[0].adapter
-
-
-def test_a_killed_driver_goes_on_with_the_same_command(servers, pairs, tiny_model_dir, uninterrupted):
-    given = arguments(pairs, tiny_model_dir, "driver-killed")
-    process = start_and_wait_for_step(servers, servers.command("tat_train", *given), "driver-killed", 16)
+    wait_for_step(servers, process, "killed", 32)  # a new worker went on
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (servers.storage / "tat_train" / "driver-killed" / "result.json").exists()
+    assert not (servers.storage / "tat_train" / "killed" / "result.json").exists()
     done = servers.run("tat_train", *given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on after step" in done.stdout
-    run = Run(servers, "driver-killed")
+    run = Run(servers, "killed")
     run.check_every_sample_once()
     assert run.adapter == uninterrupted[0].adapter
-
-
-def test_unreadable_images_are_left_out_and_reported(servers, tmp_path, tiny_model_dir):
-    good = write_pairs(str(tmp_path / "good"), 60)
-    shards = tmp_path / "dirty"
-    shards.mkdir()
-    Path(good[0]).rename(shards / "00000.tar")
-    bad = [("html", b"<html>not found</html>", "jpg", "a page"), ("empty", b"", "jpg", "nothing")]
-    write_tar_shard(str(shards / "00001.tar"), bad)
-    done = servers.run("tat_train", *arguments(shards, tiny_model_dir, "dirty"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = Run(servers, "dirty").result
-    assert (result["rejects_images"], result["rejects_structural"]) == (1, 1)
-    assert "unreadable: 1" in done.stdout
 
 
 @pytest.mark.parametrize(
