@@ -7,12 +7,14 @@ list out of order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cir_core.benchmarks import Benchmark, metric_parts
+from cir_core.benchmarks import Benchmark, metric_members, metric_parts
 from cir_core.schema import CirError, Query, Ranking
 
 Ids = npt.NDArray[np.str_]
@@ -23,26 +25,55 @@ _NAMED = 3  # how many of a list of faults a message names
 
 def apply_protocol(ranking: Ranking, benchmark: Benchmark) -> Ranking:
     """Return the ranking as the benchmark scores it: its queries in benchmark order, references removed if so
-    asked.
+    asked, and only the query's own gallery where it has one.
 
     The result has at least `benchmark.max_k` places, "" where the whole gallery is ranked and is smaller than
     that. Raises CirError for queries missing, unknown or repeated, an image outside the gallery or twice in
     one list, lists out of order, scores that are NaN, a list too short for the metrics (saying by how much),
     and a ranking whose own protocol says "removed" where the benchmark keeps references.
     """
-    if not benchmark.reference_removed and ranking.protocol.get("reference") == "removed":
-        raise CirError(f"{benchmark}: keeps references in the ranking, but this ranking was made without them")
-    ids, scores = _in_benchmark_order(ranking, benchmark)
-    _check_order(ids, scores, benchmark)
-    _check_membership(ids, benchmark)
-    if benchmark.reference_removed:
-        ids, scores = _without_references(ids, scores, benchmark.queries)
+    ids, scores = _aligned(ranking, benchmark)
+    if benchmark.own_galleries:
+        ids, scores = _only(ids, scores, [query.subset_ids for query in benchmark.queries])
     short = max(0, benchmark.max_k - ids.shape[1])
     ids = np.pad(ids, ((0, 0), (0, short)), constant_values="")
     scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
     _check_length(ids, benchmark)
     query_ids = tuple(query.query_id for query in benchmark.queries)
     return Ranking(query_ids, ids, scores, dict(ranking.protocol))
+
+
+def subset_lists(ranking: Ranking, benchmark: Benchmark, k: int) -> Ranking:
+    """Return each query's results inside its own subset, best first, at least k places wide.
+
+    ranking: of the whole gallery, or of the subsets alone. Raises CirError as `apply_protocol` does, and for a
+    list that does not hold the first k of its subset.
+    """
+    ids, scores = _aligned(ranking, benchmark)
+    ids, scores = _only(ids, scores, [query.subset_ids for query in benchmark.queries])
+    short = max(0, k - ids.shape[1])
+    ids = np.pad(ids, ((0, 0), (0, short)), constant_values="")
+    scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
+    for query, filled in zip(benchmark.queries, (ids != "").sum(axis=1).tolist(), strict=True):
+        size = len(query.subset_ids) - int(benchmark.reference_removed and query.reference_id in query.subset_ids)
+        if filled < min(k, size):
+            raise CirError(
+                f"{benchmark}: query {query.query_id!r}: its list holds {filled} of its subset of {size}, too few for "
+                f"recall_subset@{k}; rank the whole gallery, or pass the subsets' own ranking as subset_ranking"
+            )
+    return Ranking(tuple(query.query_id for query in benchmark.queries), ids, scores, dict(ranking.protocol))
+
+
+def _aligned(ranking: Ranking, benchmark: Benchmark) -> tuple[Ids, Scores]:
+    """The checked lists in benchmark order, without the references that the protocol removes."""
+    if not benchmark.reference_removed and ranking.protocol.get("reference") == "removed":
+        raise CirError(f"{benchmark}: keeps references in the ranking, but this ranking was made without them")
+    ids, scores = _in_benchmark_order(ranking, benchmark)
+    _check_order(ids, scores, benchmark)
+    if benchmark.reference_removed:
+        ids, scores = _without_references(ids, scores, benchmark.queries)
+    _check_membership(ids, benchmark)
+    return ids, scores
 
 
 def _in_benchmark_order(ranking: Ranking, benchmark: Benchmark) -> tuple[Ids, Scores]:
@@ -89,27 +120,50 @@ def _check_membership(ids: Ids, benchmark: Benchmark) -> None:
 
 def _without_references(ids: Ids, scores: Scores, queries: tuple[Query, ...]) -> tuple[Ids, Scores]:
     references = np.array([query.reference_id for query in queries], dtype=np.str_)
-    removed = ids == references[:, None]
-    order = np.argsort(removed, axis=1, kind="stable")  # a removed place goes last, the rest keep their order
-    ids = np.take_along_axis(np.where(removed, "", ids), order, axis=1)
-    scores = np.take_along_axis(np.where(removed, np.float32(-np.inf), scores), order, axis=1)
+    return _keep(ids, scores, ids != references[:, None])
+
+
+def _only(ids: Ids, scores: Scores, wanted: Sequence[tuple[str, ...]]) -> tuple[Ids, Scores]:
+    """Keep each query's wanted images, as wide as the longest list then is."""
+    kept = np.zeros(ids.shape, dtype=np.bool_)
+    for place in range(max(map(len, wanted))):
+        names = np.array([names[place] if place < len(names) else "" for names in wanted], dtype=np.str_)
+        kept |= (ids == names[:, None]) & (ids != "")
+    ids, scores = _keep(ids, scores, kept)
+    width = int(kept.sum(axis=1).max(initial=0))
+    return ids[:, :width], scores[:, :width]
+
+
+def _keep(ids: Ids, scores: Scores, kept: npt.NDArray[np.bool_]) -> tuple[Ids, Scores]:
+    """Move the kept results of each list up, in their order; the rest become empty places at its end."""
+    order = np.argsort(~kept, axis=1, kind="stable")
+    ids = np.take_along_axis(np.where(kept, ids, ""), order, axis=1)
+    scores = np.take_along_axis(np.where(kept, scores, np.float32(-np.inf)), order, axis=1)
     return ids, scores
 
 
 def _check_length(ids: Ids, benchmark: Benchmark) -> None:
-    """Each list must reach the deepest k, or hold the whole gallery less a removed reference."""
-    gallery_size = len(benchmark.gallery_ids) - int(benchmark.reference_removed)
-    needed = min(benchmark.max_k, gallery_size)
+    """Each list must reach the deepest k, or hold all that the query ranks."""
+    needed = np.minimum(benchmark.max_k, np.array(benchmark.ranked_sizes(), dtype=np.int64))
     filled = (ids != "").sum(axis=1)
-    row = int(filled.argmin())
-    if filled[row] < needed:
-        deepest = next(name for name in benchmark.metrics if metric_parts(name)[1] == benchmark.max_k)
+    short = needed - filled
+    row = int(short.argmax())
+    if short[row] > 0:
+        names = [name for metric in benchmark.metrics for name in metric_members(metric)]
+        deepest = next(name for name in names if metric_parts(name) == (metric_parts(name)[0], benchmark.max_k))
         without = " without the reference" if benchmark.reference_removed else ""
-        raise CirError(
-            f"{benchmark}: {deepest} needs {needed} results{without}, but query "
-            f"{benchmark.queries[row].query_id!r} has {filled[row]}: {needed - filled[row]} too few; "
-            f"search with k = {needed + int(benchmark.reference_removed)}"
+        advice = (
+            "rank the query's own gallery" if benchmark.own_galleries else f"search with k = {_search_k(benchmark)}"
         )
+        raise CirError(
+            f"{benchmark}: {deepest} needs {needed[row]} results{without}, but query "
+            f"{benchmark.queries[row].query_id!r} has {filled[row]}: {short[row]} too few; {advice}"
+        )
+
+
+def _search_k(benchmark: Benchmark) -> int:
+    """The k that reaches the deepest metric even where the reference is found and removed."""
+    return min(benchmark.max_k + int(benchmark.reference_removed), len(benchmark.gallery_ids))
 
 
 def _some(names: list[str]) -> str:
