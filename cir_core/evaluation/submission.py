@@ -21,6 +21,7 @@ from reprlib import Repr
 
 from cir_core import files
 from cir_core.benchmarks import Benchmark
+from cir_core.benchmarks.circo import COCO_IMAGES
 from cir_core.evaluation.protocol import apply_protocol
 from cir_core.schema import CirError, Query, Ranking
 
@@ -28,7 +29,6 @@ MAX_BYTES = 5_000_000  # CIRR's "5 MB"; CIRCO names no limit, and none of its fi
 CIRR_VERSION = "rc2"
 CIRR_LENGTHS = {"recall": 50, "recall_subset": 3}
 CIRCO_LENGTH = 50
-COCO_UNLABELED_SIZE = 123_403
 COCO_UNLABELED_RANGE = range(8, 581_931 + 1)
 
 _SPLITS = {"cirr": ("test1",), "circo": ("test", "val")}
@@ -257,7 +257,7 @@ def _circo_rules(content: Mapping[str, object], benchmark: Benchmark) -> _Rules:
     own = frozenset(_coco_id(name, benchmark) for name in benchmark.gallery_ids)
     lists = (entries for entries in content.values() if isinstance(entries, list))
     listed = {entry for entries in lists for entry in entries if type(entry) is int and _hashable(entry)}
-    known = len(own) == COCO_UNLABELED_SIZE or 2 * len(listed & own) >= len(listed)
+    known = len(own) == COCO_IMAGES or 2 * len(listed & own) >= len(listed)
     gallery: Container[object] = own if known else COCO_UNLABELED_RANGE
     return _Rules(header=frozenset(), entry=int, length=CIRCO_LENGTH, gallery=gallery, groups={})
 
