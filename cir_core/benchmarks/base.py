@@ -107,9 +107,9 @@ class Benchmark:
         return max(k for name, k in self._parts() if name != "recall_subset")
 
     @property
-    def has_subset_metrics(self) -> bool:
-        """Whether a metric ranks the query's subset alone, which a short ranking of the gallery may not hold."""
-        return any(name == "recall_subset" for name, _ in self._parts())
+    def max_subset_k(self) -> int:
+        """The deepest k of the metrics that rank the query's subset alone; 0 without such a metric."""
+        return max((k for name, k in self._parts() if name == "recall_subset"), default=0)
 
     @property
     def image_ids(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def load_circo(
     gallery_ids: Sequence[str] | None = None,
     *,
     reference: Literal["kept", "removed"] = "kept",
-    shared_concept: Literal["off", "on"] = "off",
+    shared_concept: Literal["off", "on"] | bool = "off",
 ) -> Benchmark:
     """Load the val or test split. test's answers are the test server's: it has no targets.
 
@@ -61,9 +61,8 @@ def load_circo(
     """
     check_split("circo", split, SPLITS)
     choose("circo", "reference", reference, ("kept", "removed"))
-    if isinstance(shared_concept, bool):
-        shared_concept = "on" if shared_concept else "off"
-    choose("circo", "shared_concept", shared_concept, ("off", "on"))
+    concept = ("on" if shared_concept else "off") if isinstance(shared_concept, bool) else shared_concept
+    choose("circo", "shared_concept", concept, ("off", "on"))
     places = [f"{base}:annotations/{split}.json" for base in _BASES]
     base, uri = find_file(f"circo {split}", root, places, source=SOURCE)
     rows = read_rows(uri)
@@ -74,14 +73,14 @@ def load_circo(
     return Benchmark(
         name="circo",
         split=split,
-        queries=tuple(_query(row, has_targets=split == "val", with_concept=shared_concept == "on") for row in rows),
+        queries=tuple(_query(row, has_targets=split == "val", with_concept=concept == "on") for row in rows),
         gallery_ids=gallery,
         protocol={
             "gallery": named,
             "gallery_size": len(gallery),
             "reference": reference,
-            "shared_concept": shared_concept,
-            "text": "{shared_concept}, but {relative_caption}" if shared_concept == "on" else "{relative_caption}",
+            "shared_concept": concept,
+            "text": "{shared_concept}, but {relative_caption}" if concept == "on" else "{relative_caption}",
             "recall_counts": RECALL_RULES["first"],
             "average_precision": "divided by min(number of ground truths, K)",
         },

@@ -1,6 +1,6 @@
 """From a ranking to a score with its protocol, and rankings on disk."""
 
-from cir_core.evaluation.protocol import apply_protocol, subset_lists
+from cir_core.evaluation.protocol import apply_protocol
 from cir_core.evaluation.rankings import load_ranking, save_ranking
 from cir_core.evaluation.scoring import EvaluationResult, compare, evaluate, mean_of_results
 from cir_core.evaluation.submission import validate_submission, write_submission
@@ -13,7 +13,6 @@ __all__ = [
     "load_ranking",
     "mean_of_results",
     "save_ranking",
-    "subset_lists",
     "validate_submission",
     "write_submission",
 ]

@@ -7,8 +7,6 @@ list out of order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -32,40 +30,36 @@ def apply_protocol(ranking: Ranking, benchmark: Benchmark) -> Ranking:
     one list, lists out of order, scores that are NaN, a list too short for the metrics (saying by how much),
     and a ranking whose own protocol says "removed" where the benchmark keeps references.
     """
-    ids, scores = _aligned(ranking, benchmark)
+    lists = align(ranking, benchmark)
     if benchmark.own_galleries:
-        ids, scores = _only(ids, scores, [query.subset_ids for query in benchmark.queries])
-    short = max(0, benchmark.max_k - ids.shape[1])
-    ids = np.pad(ids, ((0, 0), (0, short)), constant_values="")
-    scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
-    _check_length(ids, benchmark)
-    query_ids = tuple(query.query_id for query in benchmark.queries)
-    return Ranking(query_ids, ids, scores, dict(ranking.protocol))
+        lists = _subsets_only(lists, benchmark)
+    lists = _at_least(lists, benchmark.max_k)
+    _check_length(lists.image_ids, benchmark)
+    return lists
 
 
-def subset_lists(ranking: Ranking, benchmark: Benchmark, k: int) -> Ranking:
+def subset_lists(lists: Ranking, benchmark: Benchmark, k: int) -> Ranking:
     """Return each query's results inside its own subset, best first, at least k places wide.
 
-    ranking: of the whole gallery, or of the subsets alone. Raises CirError as `apply_protocol` does, and for a
-    list that does not hold the first k of its subset.
+    lists: of the whole gallery or of the subsets alone, under the protocol (`apply_protocol` or `align`).
+    Raises CirError for a list that does not hold the first k of its subset.
     """
-    ids, scores = _aligned(ranking, benchmark)
-    ids, scores = _only(ids, scores, [query.subset_ids for query in benchmark.queries])
-    short = max(0, k - ids.shape[1])
-    ids = np.pad(ids, ((0, 0), (0, short)), constant_values="")
-    scores = np.pad(scores, ((0, 0), (0, short)), constant_values=-np.inf)
-    for query, filled in zip(benchmark.queries, (ids != "").sum(axis=1).tolist(), strict=True):
+    subsets = _at_least(_subsets_only(lists, benchmark), k)
+    for query, filled in zip(benchmark.queries, (subsets.image_ids != "").sum(axis=1).tolist(), strict=True):
         size = len(query.subset_ids) - int(benchmark.reference_removed and query.reference_id in query.subset_ids)
         if filled < min(k, size):
             raise CirError(
                 f"{benchmark}: query {query.query_id!r}: its list holds {filled} of its subset of {size}, too few for "
                 f"recall_subset@{k}; rank the whole gallery, or pass the subsets' own ranking as subset_ranking"
             )
-    return Ranking(tuple(query.query_id for query in benchmark.queries), ids, scores, dict(ranking.protocol))
+    return subsets
 
 
-def _aligned(ranking: Ranking, benchmark: Benchmark) -> tuple[Ids, Scores]:
-    """The checked lists in benchmark order, without the references that the protocol removes."""
+def align(ranking: Ranking, benchmark: Benchmark) -> Ranking:
+    """Return the checked lists in benchmark order, without the references that the protocol removes.
+
+    Raises CirError as `apply_protocol` does, but for no list's length.
+    """
     if not benchmark.reference_removed and ranking.protocol.get("reference") == "removed":
         raise CirError(f"{benchmark}: keeps references in the ranking, but this ranking was made without them")
     ids, scores = _in_benchmark_order(ranking, benchmark)
@@ -73,7 +67,29 @@ def _aligned(ranking: Ranking, benchmark: Benchmark) -> tuple[Ids, Scores]:
     if benchmark.reference_removed:
         ids, scores = _without_references(ids, scores, benchmark.queries)
     _check_membership(ids, benchmark)
-    return ids, scores
+    return Ranking(tuple(query.query_id for query in benchmark.queries), ids, scores, dict(ranking.protocol))
+
+
+def _subsets_only(lists: Ranking, benchmark: Benchmark) -> Ranking:
+    """Keep each query's own subset, as wide as the longest list then is."""
+    subsets = [query.subset_ids for query in benchmark.queries]
+    ids = lists.image_ids
+    kept = np.zeros(ids.shape, dtype=np.bool_)
+    for place in range(max(map(len, subsets))):
+        names = np.array([names[place] if place < len(names) else "" for names in subsets], dtype=np.str_)
+        kept |= (ids == names[:, None]) & (ids != "")
+    ids, scores = _keep(ids, lists.scores, kept)
+    width = int(kept.sum(axis=1).max(initial=0))
+    return Ranking(lists.query_ids, ids[:, :width], scores[:, :width], lists.protocol)
+
+
+def _at_least(lists: Ranking, k: int) -> Ranking:
+    """Pad the lists with empty places to k."""
+    if lists.image_ids.shape[1] >= k:
+        return lists
+    short = ((0, 0), (0, k - lists.image_ids.shape[1]))
+    ids = np.pad(lists.image_ids, short, constant_values="")
+    return Ranking(lists.query_ids, ids, np.pad(lists.scores, short, constant_values=-np.inf), lists.protocol)
 
 
 def _in_benchmark_order(ranking: Ranking, benchmark: Benchmark) -> tuple[Ids, Scores]:
@@ -123,23 +139,13 @@ def _without_references(ids: Ids, scores: Scores, queries: tuple[Query, ...]) ->
     return _keep(ids, scores, ids != references[:, None])
 
 
-def _only(ids: Ids, scores: Scores, wanted: Sequence[tuple[str, ...]]) -> tuple[Ids, Scores]:
-    """Keep each query's wanted images, as wide as the longest list then is."""
-    kept = np.zeros(ids.shape, dtype=np.bool_)
-    for place in range(max(map(len, wanted))):
-        names = np.array([names[place] if place < len(names) else "" for names in wanted], dtype=np.str_)
-        kept |= (ids == names[:, None]) & (ids != "")
-    ids, scores = _keep(ids, scores, kept)
-    width = int(kept.sum(axis=1).max(initial=0))
-    return ids[:, :width], scores[:, :width]
-
-
 def _keep(ids: Ids, scores: Scores, kept: npt.NDArray[np.bool_]) -> tuple[Ids, Scores]:
     """Move the kept results of each list up, in their order; the rest become empty places at its end."""
-    order = np.argsort(~kept, axis=1, kind="stable")
-    ids = np.take_along_axis(np.where(kept, ids, ""), order, axis=1)
-    scores = np.take_along_axis(np.where(kept, scores, np.float32(-np.inf)), order, axis=1)
-    return ids, scores
+    new_ids = np.full(ids.shape, "", dtype=ids.dtype)
+    new_scores = np.full(scores.shape, -np.inf, dtype=np.float32)
+    places = np.arange(ids.shape[1]) < kept.sum(axis=1)[:, None]
+    new_ids[places], new_scores[places] = ids[kept], scores[kept]  # both masks run row by row
+    return new_ids, new_scores
 
 
 def _check_length(ids: Ids, benchmark: Benchmark) -> None:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cir_core import metrics as M
-from cir_core.benchmarks import Benchmark, metric_members, metric_parts, near_matches
+from cir_core.benchmarks import Benchmark, near_matches
 from cir_core.evaluation.per_query import RANKS, Columns, membership, per_query_columns
-from cir_core.evaluation.protocol import apply_protocol, subset_lists
+from cir_core.evaluation.protocol import align, apply_protocol, subset_lists
 from cir_core.schema import CirError, Ranking
 
 TIES = {
@@ -78,12 +78,11 @@ def evaluate(
     """
     if not benchmark.has_targets:
         raise CirError(f"{benchmark}: its ground truth is not public; write a submission instead")
-    subsets = None
-    if benchmark.has_subset_metrics:
-        parts = [metric_parts(name) for metric in benchmark.metrics for name in metric_members(metric)]
-        deepest = max(k for name, k in parts if name == "recall_subset")
-        subsets = subset_lists(subset_ranking or ranking, benchmark, deepest)
     ranking = apply_protocol(ranking, benchmark)
+    subsets = None
+    if benchmark.max_subset_k:
+        own = ranking if subset_ranking is None else align(subset_ranking, benchmark)
+        subsets = subset_lists(own, benchmark, benchmark.max_subset_k)
     columns = per_query_columns(ranking, subsets, benchmark)
     values = _part_columns(benchmark, columns)
     intervals = {
