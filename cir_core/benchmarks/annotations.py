@@ -22,16 +22,19 @@ def find_file(what: str, root: str, places: Sequence[str], *, source: str) -> tu
     for place in places:
         base, _, name = place.partition(":")
         folder = files.join(root, base) if base else root
-        candidates.append((folder, files.join(folder, name)))
-    for folder, uri in candidates:
+        inner = name.rpartition("/")[0]
+        candidates.append((folder, files.join(folder, inner) if inner else folder, files.join(folder, name)))
+    for folder, _, uri in candidates:
         if files.exists(uri):
             return folder, uri
+    names = [files.redact(uri) for _, _, uri in candidates]
     if not files.is_folder(root):
-        raise CirError(f"{what}: the folder {files.redact(root)} does not exist; expected it to hold {places[0]!r}")
-    likely = next((uri for folder, uri in reversed(candidates) if files.is_folder(folder)), candidates[0][1])
-    others = [files.redact(uri) for _, uri in candidates if uri != likely]
-    also = f" (nor {', '.join(others)})" if others else ""
-    raise CirError(f"{what}: {files.redact(likely)} is missing{also}; get it from {source}")
+        raise CirError(f"{what}: the folder {files.redact(root)} does not exist; expected {names[0]} or the like")
+    likely = [place for place, (_, beside, _) in enumerate(candidates) if files.is_folder(beside)]
+    likely += [place for place, (folder, _, _) in enumerate(candidates) if folder != root and files.is_folder(folder)]
+    name = names.pop(likely[0] if likely else 0)  # the one whose neighbours are there
+    also = f" (nor is there {', '.join(names)})" if names else ""
+    raise CirError(f"{what}: {name} is missing{also}; get it from {source}")
 
 
 @dataclass(frozen=True)

@@ -232,5 +232,7 @@ def test_genecis(root, oracle, task, repeated):
         expected = oracle[f"genecis_{task}_seed3_target_at_index0"][f"R@{k}"]
         assert percent(result, f"recall@{k}") == pytest.approx(expected, rel=1e-9)
     same = np.where(ranking.image_ids == "", -np.inf, np.float32(0))  # a constant model that keeps the stored order
-    constant = evaluate(Ranking(query_ids, np.take_along_axis(ids, np.argsort(again, 1, kind="stable"), 1), same), benchmark)
+    constant = evaluate(
+        Ranking(query_ids, np.take_along_axis(ids, np.argsort(again, 1, kind="stable"), 1), same), benchmark
+    )
     assert constant.metrics["recall@1"] == 0
