@@ -67,9 +67,10 @@ def load_circo(
     base, uri = find_file(f"circo {split}", root, places, source=SOURCE)
     rows = read_rows(uri)
     if gallery_ids is None:
-        gallery, named = _read_gallery(base)
+        gallery, named = _read_gallery(root)
     else:
         gallery, named = explicit_gallery("circo", gallery_ids), "explicit"
+    text = "{shared_concept}, but {relative_caption}" if concept == "on" else "{relative_caption}"
     return Benchmark(
         name="circo",
         split=split,
@@ -80,7 +81,7 @@ def load_circo(
             "gallery_size": len(gallery),
             "reference": reference,
             "shared_concept": concept,
-            "text": "{shared_concept}, but {relative_caption}" if concept == "on" else "{relative_caption}",
+            "text": text,
             "recall_counts": RECALL_RULES["first"],
             "average_precision": "divided by min(number of ground truths, K)",
         },
@@ -92,17 +93,17 @@ def load_circo(
         aspects=_aspects(rows) if split == "val" else {},
         aspect_metric="map@10" if split == "val" else "",
         images=ImageFiles(
-            folders=tuple(files.join(base, f"{inner}unlabeled2017") for inner in _COCO),
+            folders=tuple(files.join(folder, f"{inner}unlabeled2017") for folder in (base, root) for inner in _COCO),
             source="http://images.cocodataset.org/zips/unlabeled2017.zip",
-            stems={name: name.zfill(12) for name in dict.fromkeys([*gallery, *_references(rows)])},
+            stems={name: name.zfill(12) for name in (*gallery, *(row.name("reference_img_id") for row in rows))},
         ),
     )
 
 
-def _read_gallery(base: str) -> tuple[tuple[str, ...], str]:
+def _read_gallery(root: str) -> tuple[tuple[str, ...], str]:
     """Return COCO's image ids in file order, and what the protocol calls that list."""
-    places = [f":{inner}annotations/{_LISTING}" for inner in _COCO]
-    _, uri = find_file("circo gallery", base, places, source=COCO_SOURCE)
+    places = [f"{base}:{inner}annotations/{_LISTING}" for base in _BASES for inner in _COCO]
+    _, uri = find_file("circo gallery", root, places, source=COCO_SOURCE)
     listing = files.read_json(uri)
     name = files.redact(uri)
     if not isinstance(listing, dict) or not isinstance(listing.get("images"), list) or not listing["images"]:
@@ -127,10 +128,6 @@ def _query(row: Row, *, has_targets: bool, with_concept: bool) -> Query:
         relative_caption=f"{row.text('shared_concept')}, but {caption}" if with_concept else caption,
         target_ids=targets,
     )
-
-
-def _references(rows: Sequence[Row]) -> list[str]:
-    return [row.name("reference_img_id") for row in rows]
 
 
 def _aspects(rows: Sequence[Row]) -> dict[str, frozenset[str]]:

@@ -28,6 +28,7 @@ METRICS = (
     "pessimistic_recall@5",
 )
 _BASES = ("", "CIRR", "cirr_dataset", "cirr")
+_PICTURES = ("cirr", "images", "img_raw", "cirr/images", "cirr/img_raw")
 
 
 def load_cirr(
@@ -55,9 +56,9 @@ def load_cirr(
     rows = read_rows(captions)
     queries = tuple(_query(row, has_target=split == "val") for row in rows)
     paths = _read_split(listing)
-    soft = {row.name("pairid"): _soft_values(row) for row in rows} if targets == "soft" and split == "val" else {}
+    rule: Literal["any", "soft"] = "soft" if targets == "soft" else "any"
+    soft = _soft_targets(rows, removed=reference == "removed") if rule == "soft" and split == "val" else {}
     gallery = tuple(paths) if gallery_ids is None else explicit_gallery("cirr", gallery_ids)
-    unreachable = {} if targets == "hard" else {"queries_without_reachable_soft_target": _unreachable(soft)}
     return Benchmark(
         name="cirr",
         split=split,
@@ -69,19 +70,19 @@ def load_cirr(
             "gallery_size": len(gallery),
             "reference": reference,
             "targets": targets,
-            "recall_counts": RECALL_RULES["soft" if targets == "soft" else "any"],
-            "subset": "the other five of the query's group",
-            **unreachable,
+            "recall_counts": RECALL_RULES[rule],
+            "subset": f"the query's group of six, its reference {reference}",
+            **({"queries_without_reachable_soft_target": _unreachable(soft)} if soft else {}),
         },
         metrics=METRICS,
         headline=HEADLINE,
         has_targets=split == "val",
-        recall="soft" if targets == "soft" else "any",
+        recall=rule,
         soft_targets=soft,
         outside_references=gallery_ids is not None,
         images=ImageFiles(
-            folders=(base, files.join(base, "images"), files.join(base, "img_raw")),
-            source="https://github.com/Cuberick-Orion/CIRR (pictures of NLVR2, by request)",
+            folders=(base, *(files.join(base, folder) for folder in _PICTURES)),
+            source=f"{SOURCE} (pictures of NLVR2)",
             stems={name: path.removeprefix("./").rpartition(".")[0] for name, path in paths.items()},
         ),
     )
@@ -109,10 +110,16 @@ def _query(row: Row, *, has_target: bool) -> Query:
     )
 
 
-def _soft_values(row: Row) -> dict[str, float]:
-    """target_soft without the reference: 37 queries of val list it, and the protocol removes it."""
-    values = row.weights("target_soft")
-    return {name: value for name, value in values.items() if name != row.name("reference")}
+def _soft_targets(rows: Sequence[Row], *, removed: bool) -> dict[str, dict[str, float]]:
+    """Each query's target_soft; without its reference (37 queries of val list it) where that is removed."""
+    return {
+        row.name("pairid"): {
+            name: value
+            for name, value in row.weights("target_soft").items()
+            if not (removed and name == row.name("reference"))
+        }
+        for row in rows
+    }
 
 
 def _unreachable(soft: Mapping[str, Mapping[str, float]]) -> int:

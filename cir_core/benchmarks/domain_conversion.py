@@ -26,7 +26,7 @@ DOMAINS = ("cartoon", "origami", "toy", "sculpture")  # a listed label is 1000 *
 SOURCE = "https://github.com/google-research/composed_image_retrieval (folder data/imgnet)"
 PICTURES = "https://github.com/hendrycks/imagenet-r and ImageNet's validation set, in folders by class"
 METRICS = ("recall@10", "recall@50")
-_BASES = ("", "imgnet", "data/imgnet", "imagenet-r-retrieval")
+_BASES = ("", "imgnet", "data/imgnet")
 
 
 def load_domain_conversion(
@@ -54,13 +54,12 @@ def load_domain_conversion(
     if not isinstance(text, str) or "{domain}" not in text:
         raise CirError(f"domain_conversion: text must hold '{{domain}}', such as 'a {{domain}} of', not {text!r}")
     base = _find_base(root)
-    own = _read(base, "imgnet_targets.txt", "imagenet-r")
-    gallery = own if gallery_ids is None else explicit_gallery("domain_conversion", gallery_ids)
-    targets = _by_class_and_domain(gallery)
-    classes = {name for name, _ in targets}
+    if gallery_ids is None:
+        gallery = _read(base, "imgnet_targets.txt", "imagenet-r")
+    else:
+        gallery = explicit_gallery("domain_conversion", gallery_ids)
     photos = _read(base, "imgnet_real_query.txt", "real")
-    references = [name for name in photos if _class_of(name) in classes]
-    asked = [_query(reference, domain, targets, text) for domain in DOMAINS for reference in references]
+    asked = _queries(photos, gallery, text)
     queries = tuple(query for query in asked if query.target_ids or no_target == "miss")
     rule: Literal["fraction", "any"] = "fraction" if recall == "set" else "any"
     return Benchmark(
@@ -72,7 +71,7 @@ def load_domain_conversion(
             "gallery": "ImageNet-R, four domains" if gallery_ids is None else "explicit",
             "gallery_size": len(gallery),
             "reference": "kept",
-            "photos_of_classes_without_gallery_images": len(photos) - len(references),
+            "photos_of_classes_without_gallery_images": len(photos) - len(asked) // len(DOMAINS),
             "recall": recall,
             "recall_counts": RECALL_RULES[rule],
             "no_target": no_target,
@@ -142,14 +141,20 @@ def _domain_of(image_id: str) -> str:
     return image_id.rpartition("/")[2].rpartition("_")[0]
 
 
-def _by_class_and_domain(gallery: Sequence[str]) -> dict[tuple[str, str], tuple[str, ...]]:
-    found: dict[tuple[str, str], list[str]] = {}
+def _queries(photos: Sequence[str], gallery: Sequence[str], text: str) -> list[Query]:
+    """Every photo of a class that the gallery shows, in every domain; domains one after the other."""
+    targets: dict[tuple[str, str], list[str]] = {}
     for name in gallery:
-        found.setdefault((_class_of(name), _domain_of(name)), []).append(name)
-    return {key: tuple(names) for key, names in found.items()}
-
-
-def _query(reference: str, domain: str, targets: dict[tuple[str, str], tuple[str, ...]], text: str) -> Query:
-    wanted = targets.get((_class_of(reference), domain), ())
-    query_id = f"{domain}/{reference.partition('/')[2]}"
-    return Query(query_id, reference, text.replace("{domain}", domain), wanted)
+        targets.setdefault((_class_of(name), _domain_of(name)), []).append(name)
+    classes = {name for name, _ in targets}
+    return [
+        Query(
+            query_id=f"{domain}/{photo.partition('/')[2]}",
+            reference_id=photo,
+            relative_caption=text.replace("{domain}", domain),
+            target_ids=tuple(targets.get((_class_of(photo), domain), ())),
+        )
+        for domain in DOMAINS
+        for photo in photos
+        if _class_of(photo) in classes
+    ]

@@ -31,6 +31,7 @@ from cir_core.schema import CirError, Query
 SPLITS = ("val", "test")
 CATEGORIES = ("dress", "shirt", "toptee")
 SOURCE = "https://github.com/XiaoxiaoGuo/fashion-iq"
+PICTURES = "https://github.com/hongwang600/fashion-iq-metadata"
 HEADLINE = "recall@10"
 METRICS = ("recall@10", "recall@50", "recall@1", "recall@5", "pessimistic_recall@10")
 CaptionJoin = Literal["and", "reversed", "averaged", "comma", "capitalized", "separate"]
@@ -78,15 +79,10 @@ def load_fashioniq(
     choose("fashioniq", "gallery", gallery, ("original", "val"))
     choose("fashioniq", "caption_join", caption_join, get_args(CaptionJoin))
     choose("fashioniq", "reference", reference, ("kept", "removed"))
-    what = f"fashioniq {category} {split}"
     places = [f"{base}:{inner}/cap.{category}.{split}.json" for base in _BASES for inner in ("captions", "json")]
-    base, uri = find_file(what, root, places, source=SOURCE)
+    base, uri = find_file(f"fashioniq {category} {split}", root, places, source=SOURCE)
     rows = read_rows(uri)
-    queries = [
-        query
-        for place, row in enumerate(rows)
-        for query in _queries(row, f"{category}-{place}", caption_join, has_target=split == "val")
-    ]
+    queries = _queries(rows, category, caption_join, has_targets=split == "val")
     if gallery_ids is None:
         ids = _gallery(base, category, split, queries if gallery == "val" else None)
     else:
@@ -94,7 +90,7 @@ def load_fashioniq(
     return Benchmark(
         name="fashioniq",
         split=split,
-        queries=tuple(queries),
+        queries=queries,
         gallery_ids=ids,
         protocol={
             "category": category,
@@ -103,31 +99,35 @@ def load_fashioniq(
             "reference": reference,
             "caption_join": caption_join,
             "text": CAPTION_JOINS[caption_join][0],
-            "empty_captions": sum(not caption.strip(" .?,") for row in rows for caption in row.texts("captions")),
+            "empty_captions": sum(not caption for row in rows for caption in _captions(row)),
             "recall_counts": RECALL_RULES["any"],
         },
         metrics=METRICS,
         headline=HEADLINE,
         has_targets=split == "val",
         outside_references=gallery_ids is not None,
-        images=ImageFiles(
-            folders=(files.join(base, "images"), base),
-            source="https://github.com/hongwang600/fashion-iq-metadata",
-        ),
+        images=ImageFiles((files.join(base, "images"), files.join(base, "images", category), base), PICTURES),
     )
 
 
-def _queries(row: Row, query_id: str, caption_join: str, *, has_target: bool) -> list[Query]:
+def _queries(rows: Sequence[Row], category: str, caption_join: str, *, has_targets: bool) -> tuple[Query, ...]:
+    queries = []
+    for place, row in enumerate(rows):
+        texts = CAPTION_JOINS[caption_join][1](*_captions(row))
+        targets = (row.name("target"),) if has_targets else ()
+        reference, query_id = row.name("candidate"), f"{category}-{place}"
+        if caption_join == "separate":
+            queries += [Query(f"{query_id}-{number}", reference, text, targets) for number, text in enumerate(texts)]
+        else:
+            queries.append(Query(query_id, reference, texts[0], targets, more_captions=texts[1:]))
+    return tuple(queries)
+
+
+def _captions(row: Row) -> tuple[str, str]:
     captions = row.texts("captions")
     if len(captions) != 2:
         raise row.fault("captions", "a list of two captions")
-    one, two = (caption.strip(" .?,") for caption in captions)
-    texts = CAPTION_JOINS[caption_join][1](one, two)
-    targets = (row.name("target"),) if has_target else ()
-    reference = row.name("candidate")
-    if caption_join == "separate":
-        return [Query(f"{query_id}-{place}", reference, text, targets) for place, text in enumerate(texts)]
-    return [Query(query_id, reference, texts[0], targets, more_captions=texts[1:])]
+    return captions[0].strip(" .?,"), captions[1].strip(" .?,")
 
 
 def _gallery(base: str, category: str, split: str, queries: Sequence[Query] | None) -> tuple[str, ...]:

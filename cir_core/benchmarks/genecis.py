@@ -25,8 +25,14 @@ HEADLINE = "recall@1"
 METRICS = ("recall@1", "recall@2", "recall@3")
 DILATION = 0.7  # of the published code
 _BASES = ("", "genecis", "GeneCIS", "genecis/genecis", "GeneCIS/genecis")
-_COCO = ("val2017", "coco/val2017", "COCO/val2017", "coco2017/val2017", "COCO2017/val2017")
-_GENOME = ("VG_100K_all", "VG_100K", "VG_100K_2", "VG/VG_100K", "VG/VG_100K_2")
+_FOLDERS = {
+    False: ("val2017", "coco/val2017", "COCO/val2017", "coco2017/val2017", "COCO2017/val2017"),
+    True: ("VG_100K_all", "VG_100K", "VG_100K_2", "VG/VG_100K", "VG/VG_100K_2"),
+}
+_PICTURES = {
+    False: "http://images.cocodataset.org/zips/val2017.zip",
+    True: "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html (version 1.2)",
+}
 _DILATIONS = {"dilated": DILATION, "tight": 0.0}
 
 
@@ -52,25 +58,20 @@ def load_genecis(
     check_split("genecis", split, ("val",))
     choose("genecis", "task", task, TASKS)
     choose("genecis", "crop", crop, (*_DILATIONS, "whole"))
-    _, uri = find_file(f"genecis {task}", root, [f"{base}:{task}.json" for base in _BASES], source=SOURCE)
-    images = _Images(cropped=task.endswith("attribute") and crop != "whole", dilation=_DILATIONS.get(crop, 0.0))
+    base, uri = find_file(f"genecis {task}", root, [f"{base}:{task}.json" for base in _BASES], source=SOURCE)
     attribute = task.endswith("attribute")
-    queries, repeated = [], 0
-    for place, row in enumerate(read_rows(uri)):
-        target = images.id_of(row.row("target"), attribute=attribute)
-        others = [images.id_of(item, attribute=attribute) for item in row.rows("gallery")]
-        own = tuple(dict.fromkeys([target, *others]))
-        repeated += 1 + len(others) - len(own)
-        reference = images.id_of(row.row("reference"), attribute=attribute)
-        caption = row.text("condition", may_be_empty=True)
-        queries.append(Query(f"{task}-{place}", reference, caption, (target,), own))
+    images = _Images(attribute, None if crop == "whole" else _DILATIONS[crop])
+    rows = read_rows(uri)
+    queries = tuple(_query(row, f"{task}-{place}", images) for place, row in enumerate(rows))
+    repeated = sum(1 + len(row.rows("gallery")) for row in rows) - sum(len(query.subset_ids) for query in queries)
     union = tuple(dict.fromkeys(name for query in queries for name in query.subset_ids))
     gallery = union if gallery_ids is None else explicit_gallery("genecis", gallery_ids)
     sizes = sorted({len(query.subset_ids) for query in queries})
+    places = [files.join(folder, inner) for folder in dict.fromkeys((root, base)) for inner in _FOLDERS[attribute]]
     return Benchmark(
         name="genecis",
         split=split,
-        queries=tuple(queries),
+        queries=queries,
         gallery_ids=gallery,
         protocol={
             "task": task,
@@ -86,33 +87,35 @@ def load_genecis(
         ties="against_target",
         own_galleries=True,
         outside_references=True,
-        images=ImageFiles(
-            folders=tuple(files.join(root, folder) for folder in (_GENOME if attribute else _COCO)),
-            source="http://images.cocodataset.org/zips/val2017.zip"
-            if not attribute
-            else "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html (version 1.2)",
-            stems=images.stems,
-        ),
+        images=ImageFiles(folders=tuple(places), source=_PICTURES[attribute], stems=images.stems),
         crops=images.crops,
     )
+
+
+def _query(row: Row, query_id: str, images: _Images) -> Query:
+    target = images.id_of(row.row("target"))
+    own = dict.fromkeys([target, *map(images.id_of, row.rows("gallery"))])
+    reference = images.id_of(row.row("reference"))
+    return Query(query_id, reference, row.text("condition", may_be_empty=True), (target,), tuple(own))
 
 
 class _Images:
     """Names the images of a task, and collects where their pictures lie and what is cut out of them."""
 
-    def __init__(self, *, cropped: bool, dilation: float) -> None:
-        self.cropped, self.dilation = cropped, dilation
+    def __init__(self, attribute: bool, dilation: float | None) -> None:
+        """attribute: whether the task has boxes. dilation: of a box; None takes the whole picture."""
+        self.attribute, self.dilation = attribute, dilation
         self.stems: dict[str, str] = {}
         self.crops: dict[str, Crop] = {}
 
-    def id_of(self, image: Row, *, attribute: bool) -> str:
+    def id_of(self, image: Row) -> str:
         """Return the id of one entry: its picture's number, with its box where that is cut out."""
-        if not attribute:
+        if not self.attribute:
             name = image.name("val_image_id")
             self.stems[name] = name.zfill(12)
             return name
         picture = image.name("image_id")
-        if not self.cropped:
+        if self.dilation is None:
             self.stems[picture] = picture
             return picture
         box = image.numbers("instance_bbox")

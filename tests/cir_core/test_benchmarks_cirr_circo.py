@@ -49,6 +49,8 @@ def test_cirr_soft_values_leave_the_removed_reference_out(tmp_path):
     benchmark = load_benchmark("cirr", cirr_folder(tmp_path), targets="soft")
     assert benchmark.soft_targets == {"12": {NAMES[1]: 1.0, NAMES[2]: 0.5, NAMES[3]: -1.0}}
     assert benchmark.protocol["queries_without_reachable_soft_target"] == 0
+    kept = load_benchmark("cirr", tmp_path, targets="soft", reference="kept")
+    assert kept.soft_targets["12"][NAMES[0]] == 0.5
 
 
 def test_cirr_test_split_has_no_targets_and_an_empty_caption_is_valid(tmp_path):

@@ -243,5 +243,5 @@ def test_image_files_look_in_every_folder_in_order(tmp_path):
         "one/a.png",
         "two/sub/c.png",
     ]
-    with pytest.raises(CirError, match="1 of 2 images are missing: c; .*get them from a shop"):
+    with pytest.raises(CirError, match=r"1 of 2 images are missing: c; .*get them from a shop"):
         images.locate(["c", "a"])
