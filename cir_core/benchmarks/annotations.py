@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from cir_core import files
@@ -159,11 +160,12 @@ def check_split(benchmark: str, split: str, known: Sequence[str]) -> None:
 def explicit_gallery(benchmark: str, gallery_ids: object) -> tuple[str, ...]:
     """Return a caller's own gallery as strings; whole numbers become their digits.
 
-    Raises CirError for anything but a list or tuple of non-empty ids.
+    Raises CirError for anything but an ordered collection of non-empty ids: a set has no order to break ties.
     """
-    if isinstance(gallery_ids, str | bytes) or not isinstance(gallery_ids, Sequence):
+    if isinstance(gallery_ids, str | bytes | Set | Mapping) or not isinstance(gallery_ids, Iterable):
         raise CirError(f"{benchmark}: gallery_ids must be a list of image ids, found {gallery_ids!r:.80}")
-    for name in gallery_ids:
-        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+    names = list(gallery_ids)
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | Integral) or name == "":
             raise CirError(f"{benchmark}: gallery_ids must hold non-empty strings or whole numbers, found {name!r}")
-    return tuple(map(str, gallery_ids))
+    return tuple(map(str, names))

@@ -104,6 +104,8 @@ def _in_benchmark_order(ranking: Ranking, benchmark: Benchmark) -> tuple[Ids, Sc
         faults = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
         faults += [f"{len(extra)} unknown ({_some(extra)})"] if extra else []
         raise CirError(f"{benchmark}: the ranking's queries do not match: {', '.join(faults)}")
+    if list(ranking.query_ids) == wanted:
+        return np.asarray(ranking.image_ids, dtype=np.str_), ranking.scores
     order = np.array([rows[name] for name in wanted], dtype=np.int64)
     return np.asarray(ranking.image_ids, dtype=np.str_)[order], ranking.scores[order]
 

@@ -1,12 +1,15 @@
 """CIRR and CIRCO: made-up folders in every documented layout, and every kind of bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cir_core.benchmarks import load_benchmark, protocol_options
-from cir_core.schema import CirError, Query
+from cir_core.evaluation import evaluate
+from cir_core.schema import CirError, Query, Ranking
 
 NAMES = [f"dev-{number}-0-img0" for number in range(8)]
 
@@ -66,7 +69,9 @@ def test_an_explicit_gallery_replaces_the_benchmarks_own(tmp_path):
     benchmark = load_benchmark("cirr", root, gallery_ids=[*NAMES[::-1], "more"])
     assert benchmark.gallery_ids == (*NAMES[::-1], "more")
     assert (benchmark.protocol["gallery"], benchmark.protocol["gallery_size"]) == ("explicit", 9)
+    assert load_benchmark("cirr", root, gallery_ids=np.array(NAMES)).gallery_ids == tuple(NAMES)
     for gallery, message in [
+        (set(NAMES), "gallery_ids must be a list of image ids"),
         (NAMES[2:], f"its target '{NAMES[1]}' is not in the gallery"),
         (NAMES[:5], f"its subset member '{NAMES[5]}' is not in the gallery"),
         ([*NAMES, NAMES[3]], f"gallery id '{NAMES[3]}' is listed twice"),
@@ -168,6 +173,10 @@ def test_circo_in_every_layout(tmp_path, base, coco):
     assert not benchmark.reference_removed
     assert [name for name, ids in benchmark.aspects.items() if ids] == ["negation", "viewpoint"]
     assert len(benchmark.aspects) == 9
+    ranking = Ranking(("0",), np.array([["13", "7", "11", "17"]]), np.array([[4, 3, 2, 1]], dtype=np.float32))
+    four = replace(benchmark, metrics=("recall@1", "recall@3", "map@1", "map@10"), headline="map@1")
+    scores = evaluate(ranking, four).metrics  # recall knows the annotated target alone, map every ground truth
+    assert (scores["recall@1"], scores["recall@3"], scores["map@1"], scores["map@10"]) == (0, 1, 1, (1 + 2 / 3) / 2)
     test = load_benchmark("circo", tmp_path, split="test")
     assert (test.has_targets, test.queries[0].relative_caption) == (False, "")
 

@@ -192,7 +192,10 @@ def test_bootstrap_of_groups_resamples_each_by_itself():
     variance = sum(group.var() / group.size for group in groups) / 4
     assert interval.mean == pytest.approx(np.mean([group.mean() for group in groups]))
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.06)
-    assert bootstrap_group_mean([groups[0]]) == bootstrap_interval(groups[0])
+    one = bootstrap_interval(groups[0])
+    assert bootstrap_group_mean([groups[0]]) == one
+    alike = bootstrap_group_mean([groups[0], groups[0]])  # independent draws: the width falls by the root of two
+    assert (alike.high - alike.low) / (one.high - one.low) == pytest.approx(1 / np.sqrt(2), rel=0.06)
     for bad, message in (([], "no groups"), ([groups[0], []], "group 1: expected one value per query")):
         with pytest.raises(CirError, match=message):
             bootstrap_group_mean(bad)
