@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from cir_core import files
+from cir_core.preprocessing import ImageError
 from cir_core.schema import CirError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")  # copies of one data set differ; the first that is there is taken
@@ -78,6 +81,23 @@ class Crop:
         right = min(float(image_width), left + (1 + self.dilation) * self.width)
         lower = min(float(image_height), top + (1 + self.dilation) * self.height)
         return round(left), round(top), round(right), round(lower)
+
+    def cut(self, image: Image.Image) -> Image.Image:
+        """Return the box of a picture, padded if so asked; for `preprocess_image(..., cut=crop.cut)`.
+
+        Raises ImageError ("outside") where nothing of the box lies in the picture.
+        """
+        left, top, right, lower = self.box(*image.size)
+        width, height = right - left, lower - top
+        if width < 1 or height < 1:
+            raise ImageError("outside", f"{self} in a picture of {image.width} x {image.height} pixels")
+        part = image.crop((left, top, right, lower))
+        if not self.pad_square or width == height:
+            return part
+        side = max(width, height)
+        square = Image.new(part.mode, (side, side))  # black
+        square.paste(part, ((side - width) // 2, (side - height) // 2))
+        return square
 
 
 def _pictures_by_stem(folder: str, below: set[str]) -> dict[str, str]:

@@ -1,11 +1,15 @@
 """GeneCIS and domain conversion: made-up folders, crops, galleries of a query's own, and bad input."""
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cir_core.benchmarks import Crop, ImageFiles, load_benchmark
+from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import CirError, Query
 
 
@@ -90,6 +94,23 @@ def test_a_box_grows_to_the_left_and_the_top_only():
     assert Crop(200, 100, 100, 50).box(640, 480) == (200, 100, 300, 150)
     assert Crop(20, 100, 100, 50, dilation=0.7).box(640, 480) == (0, 65, 170, 150)  # held at the border: as published
     assert crop.box(250, 120) == (130, 65, 250, 120)
+
+
+def test_a_crop_is_cut_and_padded_before_preprocessing():
+    pixels = np.random.default_rng(0).integers(1, 256, (80, 100, 3), dtype=np.uint8)
+    crop = Crop(40, 20, 20, 30, dilation=0.5, pad_square=True)
+    assert crop.box(100, 80) == (30, 5, 60, 50)
+    square = np.asarray(crop.cut(Image.fromarray(pixels)))
+    assert square.shape == (45, 45, 3)
+    assert np.array_equal(square[:, 7:37], pixels[5:50, 30:60])
+    assert not square[:, :7].any()
+    assert not square[:, 37:].any()
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    whole = preprocess_image(stream.getvalue(), Preprocessing(45), cut=crop.cut)
+    assert np.array_equal(whole, square.transpose(2, 0, 1))
+    with pytest.raises(ImageError, match=r"outside: .* in a picture of 100 x 80 pixels"):
+        preprocess_image(stream.getvalue(), Preprocessing(45), cut=Crop(200, 20, 20, 30).cut)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cir_core.benchmarks import load_benchmark
-from cir_core.evaluation import evaluate, mean_of_results
+from cir_core.evaluation import evaluate, load_ranking, mean_of_results, save_ranking
 from cir_core.schema import Ranking
 
 FASHION_SIZES = {"dress": (2017, 3817, 2628), "shirt": (2038, 6346, 3089), "toptee": (1961, 5373, 2902)}
@@ -87,7 +87,7 @@ def float32_percent(result, name):
     return 100 * float(np.float32(result.metrics[name]))
 
 
-def test_cirr_hard_and_soft(root, oracle):
+def test_cirr_hard_and_soft(root, oracle, tmp_path):
     hard, soft = load_benchmark("cirr", root), load_benchmark("cirr", root, targets="soft")
     assert (len(hard.queries), len(hard.gallery_ids)) == (4181, 2297)
     assert soft.protocol["queries_without_reachable_soft_target"] == 3
@@ -103,6 +103,11 @@ def test_cirr_hard_and_soft(root, oracle):
         assert float32_percent(result, f"recall_subset@{k}") == expected[f"group_recall@{k}"]
     halves = (result.metrics["recall@5"] + result.metrics["recall_subset@1"]) / 2
     assert result.metrics[result.headline] == pytest.approx(halves, rel=1e-14)
+    for name, lists in (("gallery", ranking), ("subsets", subsets)):
+        save_ranking(lists, str(tmp_path / f"{name}.parquet"))
+    loaded = [load_ranking(str(tmp_path / f"{name}.parquet"))[None] for name in ("gallery", "subsets")]
+    again = evaluate(loaded[0], hard, subset_ranking=loaded[1], num_resamples=100)
+    assert (again.metrics, again.intervals) == (result.metrics, result.intervals)
     result = evaluate(ranking, soft, subset_ranking=subsets, num_resamples=100)
     expected = oracle["cirr_val_soft_CIRPLANT_semantics_same_embeddings"]
     for k in (1, 5, 10, 50):
