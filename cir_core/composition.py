@@ -26,7 +26,7 @@ Shapes: Q queries, D embedding dimensions, ... any leading dimensions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +124,38 @@ def compose(method: str, image: Tensor, text: Tensor, alpha: float | Tensor | No
     image_weight, text_weight = query_weights(method, image, text, alpha)
     composed = image_weight.unsqueeze(-1) * image.double() + text_weight.unsqueeze(-1) * text.double()
     return composed.to(torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32))
+
+
+def mean_texts(text_TD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Average the embeddings of each query's captions and bring the mean back to unit norm.
+
+    text_TD: floating point [T, D] of unit norm, the captions of all queries in order (`Query.captions`).
+    counts: captions per query, each at least 1, T in all. Returns [Q, D], float64 if the input was float64,
+    else float32; a query with one caption keeps its embedding. FashionIQ's "averaged" join (SEARLE's
+    evaluation code). Raises CirError for counts that do not fit, and for captions whose mean has no direction.
+
+    >>> mean_texts(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), [2, 1])
+    tensor([[0.7071, 0.7071],
+            [0.6000, 0.8000]])
+    """
+    if any(count < 1 for count in counts) or sum(counts) != text_TD.shape[0]:
+        raise CirError(f"mean_texts: counts must be at least 1 and add up to {text_TD.shape[0]} captions")
+    kept = text_TD if text_TD.dtype == torch.float64 else text_TD.float()
+    if all(count == 1 for count in counts):
+        return kept
+    sizes = torch.tensor(list(counts), device=text_TD.device)
+    owners = torch.repeat_interleave(torch.arange(len(counts), device=text_TD.device), sizes)
+    sums = torch.zeros(len(counts), text_TD.shape[1], dtype=torch.float64, device=text_TD.device)
+    sums = sums.index_add(0, owners, _unit(text_TD, "text")[0])
+    norms = sums.norm(dim=-1, keepdim=True)
+    if bool((norms < 1e-6).any()):
+        row = int((norms[:, 0] < 1e-6).nonzero()[0])
+        raise CirError(
+            f"mean_texts: the captions of the query at position {row} cancel out; their mean has no direction"
+        )
+    alone = (sizes == 1)[:, None]
+    first = torch.cumsum(sizes, 0) - sizes
+    return torch.where(alone, kept[first], (sums / norms).to(kept.dtype))
 
 
 def takes_alpha(method: str) -> bool:

@@ -11,7 +11,7 @@ import difflib
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -41,6 +41,7 @@ IMAGE_ERROR_REASONS = {
     "extreme_shape": "so long and thin that resizing or padding it would need more than max_pixels",
     "truncated": "the file ends early",
     "unreadable": "not an image of a known format, or a damaged one",
+    "outside": "the box to cut out does not lie in the picture",
     "unsupported_mode": "pixels without a defined range, such as floating point",
 }
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
@@ -105,13 +106,19 @@ class Preprocessing:
 
 
 def preprocess_image(
-    data: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+    data: bytes,
+    preprocessing: Preprocessing,
+    *,
+    cut: Callable[[Image.Image], Image.Image] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
 ) -> npt.NDArray[np.uint8]:
     """Decode an image file and return uint8[3, size, size], RGB.
 
     EXIF orientation is applied, the first frame of an animation is taken, transparency is dropped as by
     open_clip (`convert("RGB")`), 16-bit grey keeps its high byte, and palettes, 1-bit and CMYK are
-    converted to RGB before resizing. Raises ImageError; emits no warning.
+    converted to RGB before resizing. cut: takes a part of the upright picture, such as
+    `cir_core.benchmarks.Crop.cut`. Raises ImageError; emits no warning.
     """
     if not data:
         raise ImageError("empty")
@@ -119,6 +126,7 @@ def preprocess_image(
         raise ImageError("too_large", f"{len(data)} bytes, at most {max_bytes} allowed")
     _silence_pillow()
     image = _decode(data, max_pixels)
+    image = image if cut is None else cut(image)
     _check_shape(image.size, preprocessing, max_pixels)
     pixels = np.asarray(_fit(image, preprocessing).convert("RGB"))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))

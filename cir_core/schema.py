@@ -23,6 +23,8 @@ class Query:
 
     target_ids: right answers; the first is the annotated one. Empty when nobody knows the answer (a catalogue search).
     subset_ids: a small gallery of this query's own (CIRR's six-image group, GeneCIS), empty where there is none.
+    more_captions: other wordings of the same change. The query's text embedding is then the mean of all the
+        captions' unit embeddings, brought back to unit length (`composition.mean_texts`).
     """
 
     query_id: str
@@ -30,6 +32,16 @@ class Query:
     relative_caption: str
     target_ids: tuple[str, ...] = ()
     subset_ids: tuple[str, ...] = ()
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption to encode: one, unless the query averages several.
+
+        >>> Query("q", "ref", "is red and long", more_captions=("is long and red",)).captions
+        ('is red and long', 'is long and red')
+        """
+        return (self.relative_caption, *self.more_captions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,24 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cir_core import files
+from cir_core.benchmarks.images import Crop, ImageFiles
 from cir_core.schema import CirError, Query
 
 METRIC_NAMES = ("recall", "recall_subset", "map", "pessimistic_recall")
+RecallRule = Literal["any", "first", "soft", "fraction"]
+RECALL_RULES: dict[str, str] = {
+    "any": "1 where any target is among the first K",
+    "first": "1 where the annotated target is among the first K",
+    "soft": "the best value of target_soft among the first K, at least 0",
+    "fraction": "the share of the targets that are among the first K",
+}
+TieRule = Literal["listed", "against_target"]
+_ONE = rf"(?:{'|'.join(METRIC_NAMES)})@[1-9]\d*"
 _METRIC = re.compile(rf"({'|'.join(METRIC_NAMES)})@([1-9]\d*)")
+_MEAN = re.compile(rf"mean((?:_{_ONE}){{2,}})")
 _REQUIRED = ("query_id", "reference", "relative_caption")
 _LISTS = ("target_ids", "subset_ids")
 
@@ -30,14 +42,21 @@ class Benchmark:
     name, split: as asked for at `load_benchmark`.
     queries: in file order. gallery_ids: in gallery order, which is the order that breaks ties.
     protocol: every choice that changes a score, printed with it. `reference` is "removed" (a query's
-    reference is
-        taken out of its own ranking) or "kept".
-    metrics: what `evaluate` computes, such as "recall@10"; their names are METRIC_NAMES. headline: the one to
-    quote.
+        reference is taken out of its own ranking) or "kept".
+    metrics: what `evaluate` computes, such as "recall@10"; their names are METRIC_NAMES, and
+        "mean_recall@5_recall_subset@1" is the mean of the two. headline: the one to quote.
     image_shards: URI of the folder of image-text shards whose keys are the gallery ids; "" when there is
-    none.
+        none. images: where the pictures lie as single files, None when they are in shards.
+    crops: image id -> the box of its picture that is embedded; an id that is absent is a whole picture.
     query_kinds: query id -> kind, for metrics by kind; empty when the benchmark has no kinds.
+    aspects: aspect -> ids of its queries, for `aspect_metric` by aspect; one may be empty ("n/a").
     has_targets: False for a split whose answers only a test server knows.
+    recall: what recall@K and recall_subset@K count, a key of RECALL_RULES. soft_targets: query id -> image id
+        -> value, for "soft".
+    ties: "listed" takes the ranking's order, "against_target" counts a recall@K only if every tie is lost.
+    own_galleries: whether each query ranks only its own subset_ids (GeneCIS), not the gallery.
+    outside_references: whether references may lie outside the gallery.
+    empty_targets: whether a query may lack targets; it then counts as 0, as in Pic2Word's domain conversion.
     """
 
     name: str
@@ -50,6 +69,16 @@ class Benchmark:
     image_shards: str = ""
     query_kinds: Mapping[str, str] = field(default_factory=dict)
     has_targets: bool = True
+    recall: RecallRule = "any"
+    soft_targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    ties: TieRule = "listed"
+    own_galleries: bool = False
+    outside_references: bool = False
+    empty_targets: bool = False
+    aspects: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    aspect_metric: str = ""
+    images: ImageFiles | None = None
+    crops: Mapping[str, Crop] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that every name resolves and that every query can be scored."""
@@ -62,12 +91,7 @@ class Benchmark:
             raise CirError(f"{self}: an empty gallery id; the empty string marks an empty place of a ranking")
         for query in self.queries:
             self._check_query(query, gallery)
-        if self.protocol.get("reference") not in ("removed", "kept"):
-            raise CirError(f"{self}: protocol['reference'] must be 'removed' or 'kept', not {self.protocol!r}")
-        if self.headline not in self.metrics:
-            raise CirError(f"{self}: the headline {self.headline!r} is not among its metrics {self.metrics}")
-        for metric in self.metrics:
-            metric_parts(metric)
+        self._check_protocol(gallery)
 
     def __str__(self) -> str:
         return f"benchmark {self.name!r} split {self.split!r}"
@@ -80,21 +104,78 @@ class Benchmark:
     @property
     def max_k(self) -> int:
         """The deepest k of the metrics that read the ranking from its top."""
-        return max(k for name, k in map(metric_parts, self.metrics) if name != "recall_subset")
+        return max(k for name, k in self._parts() if name != "recall_subset")
+
+    @property
+    def max_subset_k(self) -> int:
+        """The deepest k of the metrics that rank the query's subset alone; 0 without such a metric."""
+        return max((k for name, k in self._parts() if name == "recall_subset"), default=0)
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """Every image to embed: the gallery, then the references that lie outside it, in query order."""
+        gallery = frozenset(self.gallery_ids)
+        outside = dict.fromkeys(query.reference_id for query in self.queries if query.reference_id not in gallery)
+        return (*self.gallery_ids, *outside)
+
+    def image_files(self, image_ids: Iterable[str] | None = None) -> dict[str, str]:
+        """Return {image id: URI of its picture file}, by default for all of `image_ids`.
+
+        Ids that `crops` names share a picture with others. Raises CirError counting and naming the missing
+        pictures, and for a benchmark whose pictures are in shards.
+        """
+        if self.images is None:
+            raise CirError(f"{self}: its pictures are no single files; read its shards: {self.image_shards!r}")
+        try:
+            return self.images.locate(self.image_ids if image_ids is None else image_ids)
+        except CirError as error:
+            raise CirError(f"{self}: {error}") from None
+
+    def ranked_sizes(self) -> tuple[int, ...]:
+        """Return how many images each query ranks: its gallery, less a reference that the protocol removes."""
+        gallery = frozenset(self.gallery_ids)
+        sizes = []
+        for query in self.queries:
+            own = query.subset_ids if self.own_galleries else gallery
+            sizes.append(len(own) - int(self.reference_removed and query.reference_id in own))
+        return tuple(sizes)
+
+    def _parts(self) -> list[tuple[str, int]]:
+        return [metric_parts(member) for metric in self.metrics for member in metric_members(metric)]
 
     def _check_query(self, query: Query, gallery: frozenset[str]) -> None:
         where = f"{self}: query {query.query_id!r}"
-        if query.reference_id not in gallery:
+        if query.reference_id not in gallery and not self.outside_references:
             raise CirError(f"{where}: its reference {query.reference_id!r} is not in the gallery")
-        if self.has_targets and not query.target_ids:
+        if self.has_targets and not query.target_ids and not self.empty_targets:
             raise CirError(f"{where}: has no ground truth (target_ids is empty)")
+        if self.own_galleries and not query.subset_ids:
+            raise CirError(f"{where}: has no gallery of its own (subset_ids is empty)")
         _refuse_duplicates(f"{where}: target", query.target_ids)
         _refuse_duplicates(f"{where}: subset member", query.subset_ids)
-        for noun, ids in (("target", query.target_ids), ("subset member", query.subset_ids)):
+        soft = tuple(self.soft_targets.get(query.query_id, ()))
+        for noun, ids in (("target", query.target_ids), ("subset member", query.subset_ids), ("soft target", soft)):
             for missing in (name for name in ids if name not in gallery):
                 raise CirError(f"{where}: its {noun} {missing!r} is not in the gallery")
+        if self.own_galleries and not set(query.target_ids) <= set(query.subset_ids):
+            raise CirError(f"{where}: a target is not in the query's own gallery")
         if self.reference_removed and query.reference_id in query.target_ids:
             raise CirError(f"{where}: its reference {query.reference_id!r} is a target, yet removed by the protocol")
+
+    def _check_protocol(self, gallery: frozenset[str]) -> None:
+        if self.protocol.get("reference") not in ("removed", "kept"):
+            raise CirError(f"{self}: protocol['reference'] must be 'removed' or 'kept', not {self.protocol!r}")
+        if self.headline not in self.metrics:
+            raise CirError(f"{self}: the headline {self.headline!r} is not among its metrics {self.metrics}")
+        self._parts()  # names every unknown metric
+        if self.aspects and self.aspect_metric not in self.metrics:
+            raise CirError(f"{self}: the aspects' metric {self.aspect_metric!r} is not among {self.metrics}")
+        if self.recall not in RECALL_RULES:
+            raise CirError(f"{self}: recall must not be {self.recall!r}; {near_matches(self.recall, RECALL_RULES)}")
+        if self.ties == "against_target" and self.recall not in ("any", "first"):
+            raise CirError(f"{self}: recall {self.recall!r} cannot count ties against the target")
+        if stray := self.crops.keys() - gallery - {query.reference_id for query in self.queries}:
+            raise CirError(f"{self}: a crop for {min(stray)!r}, which is neither in the gallery nor a reference")
 
 
 def metric_parts(metric: str) -> tuple[str, int]:
@@ -106,8 +187,18 @@ def metric_parts(metric: str) -> tuple[str, int]:
     match = _METRIC.fullmatch(metric)
     if match is None:
         known = ", ".join(f"{name}@K" for name in METRIC_NAMES)
-        raise CirError(f"unknown metric {metric!r}; known: {known} with K at least 1")
+        raise CirError(f"unknown metric {metric!r}; known: {known} with K at least 1, and mean_..._... of several")
     return match[1], int(match[2])
+
+
+def metric_members(metric: str) -> tuple[str, ...]:
+    """Return the metrics that a named mean averages, or the metric itself where it is no mean.
+
+    >>> metric_members("mean_recall@5_recall_subset@1"), metric_members("map@5")
+    (('recall@5', 'recall_subset@1'), ('map@5',))
+    """
+    match = _MEAN.fullmatch(metric)
+    return tuple(re.findall(_ONE, match[1])) if match else (metric,)
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:

@@ -8,9 +8,11 @@ result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cir_core import files
+from cir_core.benchmarks.annotations import explicit_gallery
 from cir_core.benchmarks.base import Benchmark, read_queries
 from cir_core.schema import CirError
 
@@ -26,9 +28,11 @@ _FIELDS = {
 }
 
 
-def load_scenes(root: str, split: str = "val", *, reference: str = "removed") -> Benchmark:
+def load_scenes(
+    root: str, split: str = "val", gallery_ids: Sequence[str] | None = None, *, reference: str = "removed"
+) -> Benchmark:
     """Load `<root>/<split>`. reference: "removed" takes a query's reference out of its own ranking, "kept"
-    does not.
+    does not. gallery_ids: search these instead of the whole gallery.
 
     Raises CirError for a folder without benchmark.json (it is unfinished), another version, counts that do
     not fit the files, and every fault that `Benchmark` and `read_queries` find.
@@ -44,22 +48,26 @@ def load_scenes(root: str, split: str = "val", *, reference: str = "removed") ->
                 f"{files.redact(folder)}: benchmark.json says {name} = {summary[name]}, found {found}; "
                 "write the benchmark again"
             )
+    own = tuple(summary["gallery_ids"])
+    gallery = own if gallery_ids is None else explicit_gallery("scenes", gallery_ids)
     return Benchmark(
         name="scenes",
         split=split,
         queries=queries,
-        gallery_ids=tuple(summary["gallery_ids"]),
+        gallery_ids=gallery,
         protocol={
             "data": "generated pictures",
             "version": summary["version"],
             "seed": summary["seed"],
-            "gallery_size": len(summary["gallery_ids"]),
+            **({} if gallery_ids is None else {"gallery": "explicit"}),
+            "gallery_size": len(gallery),
             "reference": reference,
         },
         metrics=METRICS,
         headline="recall@10",
         image_shards=files.join(folder, "gallery"),
         query_kinds=kinds,
+        outside_references=gallery_ids is not None,
     )
 
 

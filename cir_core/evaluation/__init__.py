@@ -2,7 +2,7 @@
 
 from cir_core.evaluation.protocol import apply_protocol
 from cir_core.evaluation.rankings import load_ranking, save_ranking
-from cir_core.evaluation.scoring import EvaluationResult, compare, evaluate
+from cir_core.evaluation.scoring import EvaluationResult, compare, evaluate, mean_of_results
 from cir_core.evaluation.submission import validate_submission, write_submission
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_ranking",
+    "mean_of_results",
     "save_ranking",
     "validate_submission",
     "write_submission",

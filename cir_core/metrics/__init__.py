@@ -1,19 +1,30 @@
 """Retrieval metrics and their uncertainty: ids in, one number per query out; the mean is the score."""
 
-from cir_core.metrics.bootstrap import Interval, PairedComparison, bootstrap_interval, paired_bootstrap
+from cir_core.metrics.bootstrap import (
+    Interval,
+    PairedComparison,
+    bootstrap_group_mean,
+    bootstrap_interval,
+    paired_bootstrap,
+)
 from cir_core.metrics.retrieval import (
+    Floats,
     average_precision_at_k,
     first_hit_rank,
     hits,
     pessimistic_rank,
     recall_at_k,
     recall_subset_at_k,
+    set_recall_at_k,
+    soft_recall_at_k,
 )
 
 __all__ = [
+    "Floats",
     "Interval",
     "PairedComparison",
     "average_precision_at_k",
+    "bootstrap_group_mean",
     "bootstrap_interval",
     "first_hit_rank",
     "hits",
@@ -21,4 +32,6 @@ __all__ = [
     "pessimistic_rank",
     "recall_at_k",
     "recall_subset_at_k",
+    "set_recall_at_k",
+    "soft_recall_at_k",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,28 @@ def paired_bootstrap(
         probability_b_better=wins,
         num_queries=values_a.size,
     )
+
+
+def bootstrap_group_mean(
+    groups: Sequence[npt.ArrayLike], *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return the unweighted mean of the groups' means, and its interval: every group is resampled by itself.
+
+    groups: float[Q] each, finite, of any lengths (FashionIQ's categories, GeneCIS's tasks). With one group
+    this is `bootstrap_interval`. Raises CirError as that does, and for no groups.
+
+    >>> bootstrap_group_mean([[1.0, 1.0, 1.0], [0.0]]).mean
+    0.5
+    """
+    if not groups:
+        raise CirError("bootstrap_group_mean: no groups")
+    arrays = [_checked_values(group, f"group {place}") for place, group in enumerate(groups)]
+    parts = [
+        _resampled_means(array, confidence=confidence, num_resamples=num_resamples, seed=seed + place)
+        for place, array in enumerate(arrays)
+    ]
+    low, high = _percentiles(np.mean(parts, axis=0), confidence)
+    return Interval(float(np.mean([array.mean() for array in arrays])), low, high)
 
 
 def _resampled_means(values: Floats, *, confidence: float, num_resamples: int, seed: int) -> Floats:

@@ -8,7 +8,7 @@ reach.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,51 @@ def recall_at_k(
     found = hits(ranked_ids, target_ids, query_ids=query_ids)
     top = found[:, : _checked_k(k, found.shape[1])]
     return np.asarray(top.any(axis=1), dtype=np.float64)
+
+
+def set_recall_at_k(
+    ranked_ids: Ids,
+    target_ids: Sequence[Sequence[str]],
+    k: int,
+    *,
+    query_ids: Sequence[str] | None = None,
+) -> Floats:
+    """Return float64[Q]: the share of the query's targets that are among the first k results.
+
+    Recall@K as information retrieval has it; the averaged set recall of Pic2Word's domain conversion (which
+    adds 1e-5 to the number of targets). Raises CirError as `recall_at_k` does.
+
+    >>> set_recall_at_k(np.array([["a", "x", "b", "y"]]), [("a", "b", "c", "d")], k=3)
+    array([0.5])
+    """
+    found = hits(ranked_ids, target_ids, query_ids=query_ids)
+    top = found[:, : _checked_k(k, found.shape[1])]
+    counts = np.array([len(targets) for targets in target_ids], dtype=np.int64)
+    return np.asarray(top.sum(axis=1) / counts, dtype=np.float64)
+
+
+def soft_recall_at_k(
+    ranked_ids: Ids,
+    target_values: Sequence[Mapping[str, float]],
+    k: int,
+    *,
+    query_ids: Sequence[str] | None = None,
+) -> Floats:
+    """Return float64[Q]: the best value that any of the first k results has for its query, at least 0.
+
+    target_values: for each query, image id -> value; an image that is absent has 0. CIRR's `target_soft`, from
+    -1 to 1, as CIRPLANT's evaluation counts it. With one target of value 1 this is `recall_at_k`. Raises
+    CirError as `recall_at_k` does, except that a query may lack targets: it scores 0.
+
+    >>> ranked = np.array([["x", "a", "b"]] * 2)
+    >>> soft_recall_at_k(ranked, [{"a": 0.5, "b": 1.0}, {"a": -1.0}], k=2)
+    array([0.5, 0. ])
+    """
+    ranked = _checked_ranking(ranked_ids, len(target_values), query_ids)
+    rows = ranked[:, : _checked_k(k, ranked.shape[1])].tolist()
+    pairs = zip(rows, target_values, strict=True)
+    best = [max((values.get(name, 0.0) for name in row if name), default=0.0) for row, values in pairs]
+    return np.maximum(np.array(best, dtype=np.float64), 0.0)
 
 
 def recall_subset_at_k(

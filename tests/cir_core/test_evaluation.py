@@ -277,6 +277,7 @@ def test_a_saved_sweep_scores_the_same_after_loading(tmp_path):
         assert evaluate(loaded[alpha], benchmark).metrics == evaluate(ranking, benchmark).metrics
 
 
+@settings(deadline=None)  # it writes files: a busy disk is no fault
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.randoms())
 def test_ragged_lists_survive_the_disk_in_any_row_order(tmp_path_factory, lengths, random):
     path = str(tmp_path_factory.mktemp("rankings") / "r.parquet")

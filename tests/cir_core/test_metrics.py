@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cir_core.metrics import (
     average_precision_at_k,
+    bootstrap_group_mean,
     bootstrap_interval,
     first_hit_rank,
     paired_bootstrap,
@@ -182,6 +183,22 @@ def test_paired_bootstrap_sees_a_gain_that_separate_intervals_hide():
     assert mirrored.difference == -result.difference
     assert mirrored.probability_b_better == pytest.approx(1 - result.probability_b_better)
     assert paired_bootstrap(a, a).probability_b_better == 0.5
+
+
+def test_bootstrap_of_groups_resamples_each_by_itself():
+    rng = np.random.default_rng(0)
+    groups = [(rng.random(size) < rate).astype(float) for size, rate in ((500, 0.2), (2000, 0.7))]
+    interval = bootstrap_group_mean(groups)
+    variance = sum(group.var() / group.size for group in groups) / 4
+    assert interval.mean == pytest.approx(np.mean([group.mean() for group in groups]))
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.06)
+    one = bootstrap_interval(groups[0])
+    assert bootstrap_group_mean([groups[0]]) == one
+    alike = bootstrap_group_mean([groups[0], groups[0]])  # independent draws: the width falls by the root of two
+    assert (alike.high - alike.low) / (one.high - one.low) == pytest.approx(1 / np.sqrt(2), rel=0.06)
+    for bad, message in (([], "no groups"), ([groups[0], []], "group 1: expected one value per query")):
+        with pytest.raises(CirError, match=message):
+            bootstrap_group_mean(bad)
 
 
 @pytest.mark.parametrize(
