@@ -54,11 +54,12 @@ _COPY_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file of a listing. name: its path below the listed folder, literally."""
+    """One file of a listing. name: its path below the listed folder, literally. modified_ns: 0 where the store is silent."""
 
     uri: str
     size_bytes: int
     name: str
+    modified_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +340,8 @@ def list_files(uri: str, recursive: bool = True) -> list[StoredFile]:
         infos = opened.get_file_info(pafs.FileSelector(path, recursive=recursive))
     base = path.strip("/") + "/"
     found = [info for info in infos if info.type == pafs.FileType.File]
-    names = [(_below(base, info.path), int(info.size)) for info in found]
-    return [StoredFile(join(uri, name), size, name) for name, size in sorted(names)]
+    entries = sorted((_below(base, info.path), int(info.size), int(info.mtime_ns or 0)) for info in found)
+    return [StoredFile(join(uri, name), size, name, modified) for name, size, modified in entries]
 
 
 def _below(base: str, path: str) -> str:

@@ -18,15 +18,16 @@ from cir_core import files
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec, listing_digest
 from cir_core.encoders import EncoderDetails
 from cir_core.schema import CirError
-from cir_core.shards import index_image_folder, list_images, list_shards, shard_sizes
+from cir_core.shards import index_image_folder, list_images, list_shards, shard_versions
 from jobs.embedder import EmbedPlan, ShardEmbedder, Unit
 from jobs.session import say
+from jobs.storage import absolute
 
 _FOLDER_ROWS = 4096  # images of a folder that make one part
 
 
 def find_units(data: str) -> tuple[list[Unit], str]:
-    """Return the units of work of shards or of an image folder, and a digest of the listing (names and sizes).
+    """Return the units of work of shards or of an image folder, and a digest of the listing.
 
     Raises:
         CirError: there are neither shards nor images.
@@ -40,10 +41,10 @@ def find_units(data: str) -> tuple[list[Unit], str]:
             raise no_shards from None
         index = index_image_folder(data, slice_rows=_FOLDER_ROWS)
         units = [Unit(number, part.shard, part) for number, part in enumerate(index.slices)]
-        listing = [(item.name, item.size_bytes) for item in images]
+        listing = [(absolute(item.uri), item.size_bytes, item.modified_ns) for item in images]
     else:
         units = [Unit(number, shard) for number, shard in enumerate(shards)]
-        listing = [(shard.rsplit("/", 1)[-1], size) for shard, size in shard_sizes(shards)]
+        listing = [(absolute(shard), size, modified) for shard, size, modified in shard_versions(shards)]
     return units, listing_digest(listing)
 
 

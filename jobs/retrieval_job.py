@@ -54,7 +54,13 @@ def find_benchmarks(config: BatchRetrieveConfig, splits: Sequence[str]) -> list[
         ray.get([write.remote(root, split, config.num_queries, seed=config.seed) for split in missing])
     if not root:
         raise CirError(f"--root is needed: the folder that holds benchmark {config.benchmark!r}")
-    return [load_benchmark(config.benchmark, root, split, **config.protocol) for split in splits]
+    found = [load_benchmark(config.benchmark, root, split, **config.protocol) for split in splits]
+    if not all(benchmark.image_shards for benchmark in found):
+        raise CirError(
+            f"batch_retrieve cannot run benchmark {config.benchmark!r} yet, only those whose gallery comes as image-text shards; "
+            "the library scores rankings for it: cir_core.evaluation.evaluate"
+        )
+    return found
 
 
 def gallery_plan(config: BatchRetrieveConfig, benchmark: Benchmark, variant: Variant) -> EmbedPlan:

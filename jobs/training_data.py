@@ -26,7 +26,7 @@ from cir_core.embedding_store import listing_digest
 from cir_core.epoch_plan import EpochPlan, plan_epoch, rows_per_worker
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import Reject
-from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_sizes
+from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_versions
 from jobs.session import say
 
 Batches = Iterator[tuple[dict[str, Any], dict[str, Any]]]
@@ -38,13 +38,13 @@ DECODER_CPUS = 0.75  # decoding takes a core while it runs; one worker, one read
 def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 256) -> list[ShardIndex]:
     """Count and cut all shards, in parallel on the cluster.
 
-    The counts are kept in `<storage_uri>/index/<hash of names and sizes>/`, a file per shard, so that another run over the same
+    The counts are kept in `<storage_uri>/index/<hash of the listing>/`, a file per shard, so that another run over the same
     shards counts only what is missing.
 
     Raises:
         CirError: a shard that cannot be read at all; the message names it.
     """
-    listed = listing_digest(shard_sizes(shards))
+    listed = listing_digest(shard_versions(shards))
     cache_uri = files.join(storage_uri, "index", f"{listed[:16]}-{slice_rows}")
     known = {item.uri for item in files.list_files(cache_uri)} if files.exists(cache_uri) else set()
     caches = [files.join(cache_uri, f"{number:06d}.json") for number in range(len(shards))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cir_core import files, scenes
+from cir_core.embedding_store import listing_digest
 from cir_core.preprocessing import Preprocessing
 from cir_core.reporting.plots import training_curves
-from cir_core.shards import list_shards
+from cir_core.schema import CirError
+from cir_core.shards import list_shards, shard_versions
 from cir_core.tuning import TuningSettings
 from jobs import tracking
 from jobs.config import flat_parameters, public
@@ -236,6 +239,22 @@ def claimed_folder(config: TatTrainConfig, model: ModelInfo) -> tuple[RunFolder,
     return folder, settings
 
 
+def check_same_data(folder: RunFolder, shards: Sequence[str]) -> None:
+    """Record which shards a run began with, or check that a resumed run still has them.
+
+    Raises:
+        CirError: a shard was added, removed or written again since; the plan of the epoch would be another.
+    """
+    recorded, digest = folder.path("data.json"), listing_digest(shard_versions(shards))
+    if not files.exists(recorded):
+        files.write_json(recorded, {"listing_digest": digest, "shards": len(shards)})
+    elif files.read_json(recorded)["listing_digest"] != digest:
+        raise CirError(
+            f"the shards have changed since run {folder.name} began (added, removed or written again), so it cannot go on "
+            "where it stopped; put them back, or choose another --name"
+        )
+
+
 def tune(config: TatTrainConfig, lora: dict[str, Any], checking: ray.ObjectRef[ModelInfo]) -> None:
     """Check everything, then tune, then publish.
 
@@ -263,6 +282,7 @@ def tune(config: TatTrainConfig, lora: dict[str, Any], checking: ray.ObjectRef[M
     plan = RunPlan(tuple(index_shards(shards, absolute(config.storage_path))), config.batch, config.seed, config.epochs)
     steps, done = plan.epoch(0).num_steps * config.epochs, steps_done(folder.path("state"))
     folder.claim(settings)
+    check_same_data(folder, shards)
     tracker = start_tracking(config, folder, uri)
     going_on = f", going on after step {done}" if done else ""
     say(f"run {folder.name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}{going_on}")

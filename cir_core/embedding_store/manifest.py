@@ -49,11 +49,14 @@ class StoreSpec:
         return "; ".join(f"{name}: {theirs[name]!r} there, {mine[name]!r} here" for name in changed)
 
 
-def listing_digest(entries: Iterable[tuple[str, int]]) -> str:
-    """SHA-256 of an input listing: (URI, size in bytes) of each file, in order; credentials do not count."""
+def listing_digest(entries: Iterable[tuple[str, int, int]]) -> str:
+    """SHA-256 of an input listing: (URI, size in bytes, time of the last change) of each file, in order.
+
+    Credentials do not count. A file that is moved or written again is another input, even of the same size.
+    """
     digest = hashlib.sha256()
-    for uri, size_bytes in entries:
-        digest.update(json.dumps([files.redact(uri), size_bytes]).encode() + b"\n")
+    for uri, size_bytes, modified_ns in entries:
+        digest.update(json.dumps([files.redact(uri), size_bytes, modified_ns]).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ give the very samples that were counted. A row that cannot be used is a `Reject`
 
 from cir_core.shards.images import index_image_folder, list_images
 from cir_core.shards.index import index_shard, read_shard, read_slice
-from cir_core.shards.listing import list_shards, shard_sizes
+from cir_core.shards.listing import list_shards, shard_versions
 from cir_core.shards.model import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
@@ -32,7 +32,7 @@ __all__ = [
     "list_shards",
     "read_shard",
     "read_slice",
-    "shard_sizes",
+    "shard_versions",
     "write_parquet_shard",
     "write_tar_shard",
 ]

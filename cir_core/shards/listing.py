@@ -29,14 +29,18 @@ def list_shards(uri: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def shard_sizes(shards: Sequence[str]) -> list[tuple[str, int]]:
-    """Return (shard, size in bytes) of existing shards, in the order given; one listing per folder."""
+def shard_versions(shards: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return (shard, size in bytes, time of its last change in ns) of existing shards, in the order given.
+
+    One listing per folder. Names and sizes alone do not tell shards apart: tars are padded to whole blocks, so two splits
+    of a data set may well agree in both.
+    """
     listings = {
-        folder: {file.name: file.size_bytes for file in files.list_files(folder, recursive=False)}
+        folder: {file.name: (file.size_bytes, file.modified_ns) for file in files.list_files(folder, recursive=False)}
         for folder in {_folder(shard) for shard in shards}
     }
     names = [shard[: len(shard) - len(files.query_of(shard))].rpartition("/")[2] for shard in shards]
-    return [(shard, listings[_folder(shard)][name]) for shard, name in zip(shards, names, strict=True)]
+    return [(shard, *listings[_folder(shard)][name]) for shard, name in zip(shards, names, strict=True)]
 
 
 def _expand(uri: str) -> list[str]:

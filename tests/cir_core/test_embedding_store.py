@@ -213,10 +213,11 @@ def test_identity_covers_every_field():
 
 
 def test_listing_digest():
-    listing = [("s3://b/0.tar", 10), ("s3://b/1.tar", 11)]
-    assert listing_digest(listing) == listing_digest([("s3://k:secret@b/0.tar", 10), listing[1]])
-    others = [listing[::-1], listing[:1], [listing[0], ("s3://b/1.tar", 12)], []]
-    assert len({listing_digest(one) for one in [listing, *others]}) == 5
+    listing = [("s3://b/0.tar", 10, 1), ("s3://b/1.tar", 11, 1)]
+    assert listing_digest(listing) == listing_digest([("s3://k:secret@b/0.tar", 10, 1), listing[1]])
+    changed = [("s3://b/1.tar", 12, 1), ("s3://b/1.tar", 11, 2), ("s3://c/1.tar", 11, 1)]
+    others = [listing[::-1], listing[:1], *([listing[0], other] for other in changed), []]
+    assert len({listing_digest(one) for one in [listing, *others]}) == 7
 
 
 def bad_row(value):

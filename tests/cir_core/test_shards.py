@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from cir_core import files, shards
 from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample, shard_sizes, tar
+from cir_core.shards import Sample, shard_versions, tar
 from cir_core.shards import model as shard_model
 
 JPEG = b"\xff\xd8 stands for an image; shards never decode"
@@ -551,9 +552,11 @@ def test_image_folder(tmp_path):
         shards.list_images(str(tmp_path / "empty"))
 
 
-def test_shard_sizes_follow_the_order_given(tmp_path):
+def test_shard_versions_follow_the_order_given(tmp_path):
     for folder, name, size in (("a", "1.tar", 5), ("b", "0.tar", 7), ("a", "0.tar", 3)):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_bytes(b"x" * size)
+        os.utime(tmp_path / folder / name, ns=(size * 1_000_000_000,) * 2)
     shards = [f"{tmp_path}/b/0.tar", f"{tmp_path}/a/1.tar", f"{tmp_path}/a/0.tar"]
-    assert shard_sizes(shards) == [(shards[0], 7), (shards[1], 5), (shards[2], 3)]
+    expected = [(shard, size, size * 1_000_000_000) for shard, size in zip(shards, (7, 5, 3), strict=True)]
+    assert shard_versions(shards) == expected

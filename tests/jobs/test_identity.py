@@ -1,0 +1,45 @@
+"""What a store or a run was made from: files that were moved or written again are another input."""
+
+import os
+
+import pytest
+
+from cir_core.schema import CirError
+from jobs.embedding import find_units
+from jobs.storage import RunFolder
+from jobs.training_job import check_same_data
+
+
+def folder_with(path, text):
+    path.mkdir()
+    (path / "00000.tar").write_bytes(text)
+    os.utime(path / "00000.tar", (1, 1))
+    return str(path)
+
+
+def test_two_splits_with_equal_names_and_sizes_are_two_inputs(tmp_path):
+    val, test = folder_with(tmp_path / "val", b"one"), folder_with(tmp_path / "test", b"two")
+    assert find_units(val)[1] == find_units(val)[1]
+    assert find_units(val)[1] != find_units(test)[1]
+
+
+def test_a_shard_written_again_is_another_input(tmp_path):
+    data = folder_with(tmp_path / "val", b"one")
+    before = find_units(data)[1]
+    (tmp_path / "val" / "00000.tar").write_bytes(b"two")
+    assert find_units(data)[1] != before
+
+
+def test_a_relative_path_is_the_same_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_units(folder_with(tmp_path / "val", b"one"))[1] == find_units("val")[1]
+
+
+def test_a_run_does_not_go_on_with_other_shards(tmp_path):
+    shards = [folder_with(tmp_path / "a", b"one") + "/00000.tar"]
+    folder = RunFolder(str(tmp_path), "tat_train", "run")
+    check_same_data(folder, shards)
+    check_same_data(folder, shards)
+    (tmp_path / "a" / "00000.tar").write_bytes(b"two")
+    with pytest.raises(CirError, match="changed since run run began"):
+        check_same_data(folder, shards)
