@@ -133,8 +133,10 @@ def test_a_circle_of_causes_ends():
 
 
 JOB = """
-import sys, time
+import signal, sys, time
 from jobs import session
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes inherit that it is ignored
 
 def main():
     try:
