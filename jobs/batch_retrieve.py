@@ -58,7 +58,7 @@ class BatchRetrieveConfig(JobConfig):
     batch_size: PositiveInt = Field(256, description="Images per encoder call.")
     num_encoders: PositiveInt = Field(1, description="Actors that embed a missing gallery.")
     use_gpu: bool = Field(False, description="One GPU per encoder.")
-    precision: str = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")
     contact_sheet_rows: PositiveInt = Field(40, description="Queries shown with pictures.")
 
     @field_validator("methods")

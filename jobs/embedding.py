@@ -62,6 +62,11 @@ def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_dige
     )
 
 
+def store_uri(storage_path: str, spec: StoreSpec) -> str:
+    """Return where a store lies unless its user says otherwise: named by its identity."""
+    return files.join(absolute(storage_path), "stores", spec.identity[:16])
+
+
 def _some_rejects(output: str, limit: int = 5) -> list[str]:
     found: list[str] = []
     for item in files.list_files(files.join(output, "rejects")):

@@ -12,7 +12,7 @@ from jobs import tracking
 from jobs.config import flat_parameters, public
 from jobs.decoding import DECODER_CPUS
 from jobs.embedder import EmbedPlan
-from jobs.embedding import embed_stores, find_units, store_spec
+from jobs.embedding import embed_stores, find_units, store_spec, store_uri
 from jobs.models import ModelInfo
 from jobs.session import check_resources, code_version, say
 from jobs.storage import absolute, check_writable
@@ -29,7 +29,7 @@ def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     spec = store_spec(
         ray.get(checking).details, dtype=config.dtype, captions=config.captions, input_digest=input_digest
     )
-    output = absolute(config.output or f"{config.storage_path}/stores/{spec.identity[:16]}")
+    output = absolute(config.output) if config.output else store_uri(config.storage_path, spec)
     check_writable(output, "output")
     check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
     tracker = tracking.Tracker.start(

@@ -20,7 +20,7 @@ from cir_core.schema import CirError, Ranking
 from jobs import tracking
 from jobs.config import flat_parameters
 from jobs.embedder import EmbedPlan
-from jobs.embedding import embed_stores, find_units, store_spec
+from jobs.embedding import embed_stores, find_units, store_spec, store_uri
 from jobs.models import ModelInfo
 from jobs.retrieval import Setting, retrieve, settings_of
 from jobs.retrieval_report import (
@@ -70,7 +70,7 @@ def gallery_plan(config: BatchRetrieveConfig, benchmark: Benchmark, variant: Var
     spec = store_spec(info.details, dtype="float32", captions="text", input_digest=digest)
     return EmbedPlan(
         units=tuple(units),
-        output=files.join(absolute(config.storage_path), "stores", spec.identity.removeprefix("sha256:")[:16]),
+        output=store_uri(config.storage_path, spec),
         spec=spec,
         model=info.model,
         pretrained=info.pretrained,
@@ -149,8 +149,9 @@ def retrieve_and_report(
     splits = list(dict.fromkeys([config.split, config.select_split or config.split]))
     reported, *others = find_benchmarks(config, splits)
     selected = others[0] if others else reported
-    if config.k < reported.max_k + reported.reference_removed:
-        raise CirError(f"--k {config.k} is too short for {reported.metrics}: use at least {reported.max_k + 1}")
+    needed = reported.max_k + reported.reference_removed
+    if config.k < needed:
+        raise CirError(f"--k {config.k} is too short for {reported.metrics}: use at least {needed}")
     name = config.name or f"{config.benchmark}-{config.split}-{config.digest(['name'])}"
     folder = RunFolder(config.storage_path, "batch_retrieve", name)
     tags = {"job": "batch_retrieve", "code_version": code_version(), "benchmark": config.benchmark}

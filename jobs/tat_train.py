@@ -12,7 +12,7 @@ Results: <storage_path>/tat_train/<name>/ with adapter/ (PEFT), merged/ (open_cl
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -95,6 +95,11 @@ class TatTrainConfig(JobConfig):
         return self.lr or (_SMALL_LR if self.model == SMALL_MODEL else _PAPER_LR)
 
     @property
+    def lora(self) -> dict[str, Any]:
+        """What `attach_lora` takes."""
+        return self.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
+
+    @property
     def min_workers(self) -> int:
         """Workers that must fit for the run to start."""
         return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
@@ -104,11 +109,10 @@ def main() -> None:
     """Read the settings and have a worker check the model while this process imports what training needs."""
     config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
     connect()
-    lora = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "target_modules"})
-    checking = inspect_model.remote(config.model, config.pretrained, lora=lora)
+    checking = inspect_model.remote(config.model, config.pretrained, lora=config.lora)
     from jobs.training_job import tune
 
-    tune(config, lora, checking)
+    tune(config, checking)
 
 
 if __name__ == "__main__":

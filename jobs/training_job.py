@@ -56,9 +56,7 @@ def find_data(config: TatTrainConfig) -> list[str]:
     return list_shards(folder)
 
 
-def loop_settings(
-    config: TatTrainConfig, lora: dict[str, Any], folder: RunFolder, plan: RunPlan, mlflow_run_id: str
-) -> LoopSettings:
+def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlflow_run_id: str) -> LoopSettings:
     """Derive what the workers need."""
     total = plan.epoch(0).num_steps * config.epochs
     precision = ("bf16" if config.use_gpu else "fp32") if config.precision == "auto" else config.precision
@@ -83,7 +81,7 @@ def loop_settings(
         train_run_uri=folder.path("state"),
         model=config.model,
         pretrained=config.pretrained,
-        lora=lora,
+        lora=config.lora,
         tuning=tuning,
         plan=plan,
         tat=tat,
@@ -247,7 +245,7 @@ def check_same_data(folder: RunFolder, shards: Sequence[str]) -> None:
     """
     recorded, digest = folder.path("data.json"), listing_digest(shard_versions(shards))
     if not files.exists(recorded):
-        files.write_json(recorded, {"listing_digest": digest, "shards": len(shards)})
+        files.write_json(recorded, {"listing_digest": digest})
     elif files.read_json(recorded)["listing_digest"] != digest:
         raise CirError(
             f"the shards have changed since run {folder.name} began (added, removed or written again), so it cannot go on "
@@ -255,14 +253,8 @@ def check_same_data(folder: RunFolder, shards: Sequence[str]) -> None:
         )
 
 
-def tune(config: TatTrainConfig, lora: dict[str, Any], checking: ray.ObjectRef[ModelInfo]) -> None:
-    """Check everything, then tune, then publish.
-
-    Args:
-        config: the job's settings.
-        lora: the part of them that `attach_lora` takes.
-        checking: the model, as `inspect_model` will describe it.
-    """
+def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
+    """Check everything, then tune, then publish. checking: the model, as `inspect_model` will describe it."""
     uri = tracking.resolve_uri(config.tracking_uri)
     tracking.check_server(uri)
     check_writable(absolute(config.storage_path), "storage_path")
@@ -289,7 +281,7 @@ def tune(config: TatTrainConfig, lora: dict[str, Any], checking: ray.ObjectRef[M
     say(f"MLflow: {tracker.page}")
     if not result:
         try:
-            train(config, folder, loop_settings(config, lora, folder, plan, tracker.run_id), model.preprocessing)
+            train(config, folder, loop_settings(config, folder, plan, tracker.run_id), model.preprocessing)
         except BaseException:
             tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
             raise

@@ -152,11 +152,6 @@ def choose(benchmark: str, option: str, value: object, known: Sequence[str]) -> 
     return value
 
 
-def check_split(benchmark: str, split: str, known: Sequence[str]) -> None:
-    """Raise CirError for a split that the benchmark does not have."""
-    choose(benchmark, "split", split, known)
-
-
 def explicit_gallery(benchmark: str, gallery_ids: object) -> tuple[str, ...]:
     """Return a caller's own gallery as strings; whole numbers become their digits.
 

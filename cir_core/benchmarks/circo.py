@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cir_core import files
-from cir_core.benchmarks.annotations import Row, check_split, choose, explicit_gallery, find_file, read_rows
+from cir_core.benchmarks.annotations import Row, choose, explicit_gallery, find_file, read_rows
 from cir_core.benchmarks.base import RECALL_RULES, Benchmark
 from cir_core.benchmarks.images import ImageFiles
 from cir_core.schema import CirError, Query
@@ -59,7 +59,7 @@ def load_circo(
     map@K divides by min(number of ground truths, K); recall@K counts `target_img_id` alone. With gallery_ids
     the list of COCO's images is not needed.
     """
-    check_split("circo", split, SPLITS)
+    choose("circo", "split", split, SPLITS)
     choose("circo", "reference", reference, ("kept", "removed"))
     concept = ("on" if shared_concept else "off") if isinstance(shared_concept, bool) else shared_concept
     choose("circo", "shared_concept", concept, ("off", "on"))

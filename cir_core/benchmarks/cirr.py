@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from cir_core import files
-from cir_core.benchmarks.annotations import Row, check_split, choose, explicit_gallery, find_file, read_rows
+from cir_core.benchmarks.annotations import Row, choose, explicit_gallery, find_file, read_rows
 from cir_core.benchmarks.base import RECALL_RULES, Benchmark
 from cir_core.benchmarks.images import ImageFiles
 from cir_core.schema import CirError, Query
@@ -48,7 +48,7 @@ def load_cirr(
     Other galleries in use (8,102 dev images, all 21.5 thousand) can be given as gallery_ids; their scores do
     not compare. An empty caption (test1 has one) is a valid query.
     """
-    check_split("cirr", split, SPLITS)
+    choose("cirr", "split", split, SPLITS)
     choose("cirr", "targets", targets, ("hard", "soft"))
     choose("cirr", "reference", reference, ("removed", "kept"))
     base, captions = _find(root, f"captions/cap.rc2.{split}.json", split)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cir_core import files
-from cir_core.benchmarks.annotations import check_split, choose, explicit_gallery
+from cir_core.benchmarks.annotations import choose, explicit_gallery
 from cir_core.benchmarks.base import RECALL_RULES, Benchmark
 from cir_core.benchmarks.images import SUFFIXES, ImageFiles
 from cir_core.schema import CirError, Query
@@ -48,7 +48,7 @@ def load_domain_conversion(
 
     Pic2Word adds 1e-5 to the number of targets, which lowers its set recall by up to 1e-5 of its value.
     """
-    check_split("domain_conversion", split, ("val",))
+    choose("domain_conversion", "split", split, ("val",))
     choose("domain_conversion", "recall", recall, ("set", "hit"))
     choose("domain_conversion", "no_target", no_target, ("miss", "excluded"))
     if not isinstance(text, str) or "{domain}" not in text:

@@ -17,7 +17,6 @@ from typing import Literal, get_args
 from cir_core import files
 from cir_core.benchmarks.annotations import (
     Row,
-    check_split,
     choose,
     explicit_gallery,
     find_file,
@@ -74,7 +73,7 @@ def load_fashioniq(
         of " .?,", as all published code does; an empty one (val has three) stays in its place.
     reference: "kept" leaves a query's reference in its ranking, the field's default.
     """
-    check_split("fashioniq", split, SPLITS)
+    choose("fashioniq", "split", split, SPLITS)
     choose("fashioniq", "category", category, CATEGORIES)
     choose("fashioniq", "gallery", gallery, ("original", "val"))
     choose("fashioniq", "caption_join", caption_join, get_args(CaptionJoin))

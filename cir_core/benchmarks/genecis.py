@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from cir_core import files
-from cir_core.benchmarks.annotations import Row, check_split, choose, explicit_gallery, find_file, read_rows
+from cir_core.benchmarks.annotations import Row, choose, explicit_gallery, find_file, read_rows
 from cir_core.benchmarks.base import RECALL_RULES, Benchmark
 from cir_core.benchmarks.images import Crop, ImageFiles
 from cir_core.schema import Query
@@ -55,7 +55,7 @@ def load_genecis(
     query of change_object) is left out and counted in the protocol. An image id is the picture's number, and
     for a crop its box too, "<number>_<x>_<y>_<width>_<height>".
     """
-    check_split("genecis", split, ("val",))
+    choose("genecis", "split", split, ("val",))
     choose("genecis", "task", task, TASKS)
     choose("genecis", "crop", crop, (*_DILATIONS, "whole"))
     base, uri = find_file(f"genecis {task}", root, [f"{base}:{task}.json" for base in _BASES], source=SOURCE)

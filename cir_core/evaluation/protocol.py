@@ -158,7 +158,7 @@ def _check_length(ids: Ids, benchmark: Benchmark) -> None:
     row = int(short.argmax())
     if short[row] > 0:
         names = [name for metric in benchmark.metrics for name in metric_members(metric)]
-        deepest = next(name for name in names if metric_parts(name) == (metric_parts(name)[0], benchmark.max_k))
+        deepest = next(name for name in names if metric_parts(name)[1] == benchmark.max_k)
         without = " without the reference" if benchmark.reference_removed else ""
         advice = (
             "rank the query's own gallery" if benchmark.own_galleries else f"search with k = {_search_k(benchmark)}"

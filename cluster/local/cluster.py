@@ -298,9 +298,8 @@ def up() -> dict[str, Record]:
 
 def _still_good(state: Mapping[str, Record], name: str) -> bool:
     record = state[name]
-    ready = record.get("ready", record["url"])
     try:
-        wait_until_ready({**record, "ready": ready}, run_dir() / "logs" / f"{name}.log", timeout_s=30)
+        wait_until_ready(record, run_dir() / "logs" / f"{name}.log", timeout_s=30)
     except StartError:
         return False
     return alive(record) is not None

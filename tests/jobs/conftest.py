@@ -52,7 +52,7 @@ class Servers:
         """Return the command line of a job with its outputs below `storage`."""
         return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--storage_path", str(self.storage), *arguments]
 
-    def run_alone(self, job: str, *arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    def run_alone(self, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a job as people do, in a process of its own, and return what it printed."""
         return subprocess.run(
             self.command(job, *arguments),
@@ -60,7 +60,7 @@ class Servers:
             cwd=self.storage,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=400,
         )
 
     def run(self, job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
