@@ -28,7 +28,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,6 +49,7 @@ _NORM_TOLERANCE_BFLOAT16 = 1e-2
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Weights = tuple[Tensor, Tensor]
+Rows = Tensor | npt.NDArray[np.floating[Any]]
 # (1 - cosine, 1 + cosine, alpha), all float64 and broadcastable -> weights of the unit embeddings
 _WeightFunction = Callable[[Tensor, Tensor, Tensor], Weights]
 
@@ -156,6 +160,17 @@ def mean_texts(text_TD: Tensor, counts: Sequence[int]) -> Tensor:
     alone = (sizes == 1)[:, None]
     first = torch.cumsum(sizes, 0) - sizes
     return torch.where(alone, kept[first], (sums / norms).to(kept.dtype))
+
+
+def compose_gallery(image_GD: Rows, text_GD: Rows, captioned: Tensor, alpha: float) -> Tensor:
+    """Compose gallery images with their own captions: slerp(image, text, alpha) where `captioned`, else the image.
+
+    image_GD, text_GD: floating point [G, D] of unit norm; captioned: bool[G]. Returns [G, D], float64 if an input was
+    float64, else float32. A row depends on nothing but itself. Raises CirError as `slerp` does.
+    """
+    image, text = (torch.tensor(rows) if isinstance(rows, np.ndarray) else rows for rows in (image_GD, text_GD))
+    composed = slerp(image, text, alpha)
+    return torch.where(captioned[:, None], composed, image.to(composed.dtype))
 
 
 def takes_alpha(method: str) -> bool:

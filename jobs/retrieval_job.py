@@ -22,7 +22,7 @@ from jobs.config import flat_parameters
 from jobs.embedder import EmbedPlan
 from jobs.embedding import embed_stores, find_units, store_spec, store_uri
 from jobs.models import ModelInfo
-from jobs.retrieval import Setting, retrieve, settings_of
+from jobs.retrieval import Prepared, Setting, settings_of
 from jobs.retrieval_report import (
     SCENES_NOTE,
     Outcome,
@@ -88,7 +88,8 @@ def score(
 ) -> tuple[dict[Setting, Ranking], dict[Setting, EvaluationResult]]:
     """Search a gallery once for all settings, and evaluate each."""
     settings = settings_of(config.methods, config.alphas)
-    rankings = retrieve(benchmark, store, texts, settings, k=config.k, num_shards=config.num_shards)
+    prepared = Prepared.of(benchmark, store, protocol={"store": store.identity})
+    rankings = prepared.retrieve(texts, settings, k=config.k, num_shards=config.num_shards)
     return rankings, {
         key: evaluate(ranking, benchmark, num_resamples=2000, seed=config.seed) for key, ranking in rankings.items()
     }

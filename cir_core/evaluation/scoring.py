@@ -110,8 +110,8 @@ def evaluate(
 
 
 def compare(
-    a: EvaluationResult,
-    b: EvaluationResult,
+    a: EvaluationResult | Sequence[EvaluationResult],
+    b: EvaluationResult | Sequence[EvaluationResult],
     metric: str,
     *,
     confidence: float = 0.95,
@@ -120,10 +120,27 @@ def compare(
 ) -> M.PairedComparison:
     """Compare result B with result A on one metric, query by query: see `metrics.paired_bootstrap`.
 
-    metric: any name in both results' metrics, by kind too ("recall@10/change").
-    Raises CirError for a metric that either lacks, and for results of another benchmark, protocol or query
-    set.
+    a, b: one result each; or the results of the same categories or tasks in the same order, whose unweighted means
+    (`mean_of_results`) are then compared.
+    metric: any name in the results' metrics, by kind too ("recall@10/change").
+    Raises CirError for a metric that one lacks, and for results of another benchmark, protocol or query set.
     """
+    all_a, all_b = ([item] if isinstance(item, EvaluationResult) else list(item) for item in (a, b))
+    if not all_a or len(all_a) != len(all_b):
+        raise CirError(f"cannot compare: {len(all_a)} results in A, {len(all_b)} in B; give the same categories")
+    column, _, part = metric.partition("/")
+    for one, other in zip(all_a, all_b, strict=True):
+        _check_comparable(one, other, metric)
+    return M.paired_group_bootstrap(
+        [_rows_of(result, part).column(column).to_numpy() for result in all_a],
+        [_rows_of(result, part).column(column).to_numpy() for result in all_b],
+        confidence=confidence,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+
+
+def _check_comparable(a: EvaluationResult, b: EvaluationResult, metric: str) -> None:
     for label, result in (("A", a), ("B", b)):
         if metric not in result.metrics:
             raise CirError(f"result {label} has no metric {metric!r}; {near_matches(metric, result.metrics)}")
@@ -135,15 +152,6 @@ def compare(
             )
     if not a.per_query.column("query_id").equals(b.per_query.column("query_id")):
         raise CirError("cannot compare: A and B hold different queries")
-    column, _, part = metric.partition("/")
-    rows_a, rows_b = _rows_of(a, part), _rows_of(b, part)
-    return M.paired_bootstrap(
-        rows_a.column(column).to_numpy(),
-        rows_b.column(column).to_numpy(),
-        confidence=confidence,
-        num_resamples=num_resamples,
-        seed=seed,
-    )
 
 
 def mean_of_results(results: Sequence[EvaluationResult], metric: str, *, seed: int = 0) -> M.Interval:

@@ -6,6 +6,7 @@ from cir_core.metrics.bootstrap import (
     bootstrap_group_mean,
     bootstrap_interval,
     paired_bootstrap,
+    paired_group_bootstrap,
 )
 from cir_core.metrics.retrieval import (
     Floats,
@@ -29,6 +30,7 @@ __all__ = [
     "first_hit_rank",
     "hits",
     "paired_bootstrap",
+    "paired_group_bootstrap",
     "pessimistic_rank",
     "recall_at_k",
     "recall_subset_at_k",

@@ -73,21 +73,44 @@ def paired_bootstrap(
     >>> result.difference, result.probability_b_better
     (0.25, 1.0)
     """
-    values_a, values_b = _checked_values(a, "a"), _checked_values(b, "b")
-    if values_a.shape != values_b.shape:
-        raise CirError(f"paired bootstrap: {values_a.size} values in a, {values_b.size} in b; pair the queries")
-    gain = values_b - values_a
-    means = _resampled_means(gain, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return paired_group_bootstrap([a], [b], confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def paired_group_bootstrap(
+    groups_a: Sequence[npt.ArrayLike],
+    groups_b: Sequence[npt.ArrayLike],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedComparison:
+    """Compare the unweighted means of several groups' means, as `bootstrap_group_mean` gives them, query by query.
+
+    groups_a, groups_b: as many float[Q] each; group g of A and of B hold the same queries in the same order, and are
+    resampled together. Raises CirError as `paired_bootstrap` does, and for no groups or unequal numbers of them.
+    """
+    if not groups_a or len(groups_a) != len(groups_b):
+        raise CirError(f"paired bootstrap: {len(groups_a)} groups in a, {len(groups_b)} in b; pair the groups")
+    all_a = [_checked_values(values, f"a, group {place}") for place, values in enumerate(groups_a)]
+    all_b = [_checked_values(values, f"b, group {place}") for place, values in enumerate(groups_b)]
+    for a, b in zip(all_a, all_b, strict=True):
+        if a.shape != b.shape:
+            raise CirError(f"paired bootstrap: {a.size} values in a, {b.size} in b; pair the queries")
+    gains = [b - a for a, b in zip(all_a, all_b, strict=True)]
+    drawn = [
+        _resampled_means(gain, confidence=confidence, num_resamples=num_resamples, seed=seed + place)
+        for place, gain in enumerate(gains)
+    ]
+    means = np.mean(drawn, axis=0)
     low, high = _percentiles(means, confidence)
-    wins = float(np.mean(means > 0) + 0.5 * np.mean(means == 0))
     return PairedComparison(
-        mean_a=float(values_a.mean()),
-        mean_b=float(values_b.mean()),
-        difference=float(gain.mean()),
+        mean_a=float(np.mean([a.mean() for a in all_a])),
+        mean_b=float(np.mean([b.mean() for b in all_b])),
+        difference=float(np.mean([gain.mean() for gain in gains])),
         low=low,
         high=high,
-        probability_b_better=wins,
-        num_queries=values_a.size,
+        probability_b_better=float(np.mean(means > 0) + 0.5 * np.mean(means == 0)),
+        num_queries=sum(gain.size for gain in gains),
     )
 
 
