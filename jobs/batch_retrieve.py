@@ -2,10 +2,15 @@
 
     ray job submit -- python jobs/batch_retrieve.py                        # scenes, newest finished tat_train run
     ray job submit -- python jobs/batch_retrieve.py --adapter none --alphas '[0.5, 0.8]' --methods '[slerp, sum]'
+    ray job submit -- python jobs/batch_retrieve.py --benchmark cirr --root data/CIRR --alpha 0.9
+    ray job submit -- python jobs/batch_retrieve.py --benchmark cirr --root data/CIRR --split test1 --alpha 0.9  # server's files
+    ray job submit -- python jobs/batch_retrieve.py --benchmark fashioniq --root data/fashionIQ_dataset --alpha 0.8 \
+        --protocol '{"category": ["dress", "shirt"], "gallery": ["original", "val"]}'   # a list runs each of its values
     python jobs/batch_retrieve.py --help                                   # every setting
 
-The gallery's embedding stores are made if absent and reused by identity. alpha is chosen on one split and reported on
-another. Results: <storage_path>/batch_retrieve/<name>/ and MLflow: a parent run with a child per encoder.
+The gallery's embedding stores are made if absent and reused by identity. alpha is given, or chosen on one split and
+reported on another. Results: <storage_path>/batch_retrieve/<name>/ and MLflow: a parent run with a child per encoder,
+category and method.
 """
 
 from __future__ import annotations
@@ -32,14 +37,38 @@ class BatchRetrieveConfig(JobConfig):
     name: str = Field("", description="Run name. Empty: made from the settings.")
     benchmark: str = Field("scenes", description="Benchmark name.")
     root: str = Field("", description="The benchmark's folder. Empty with 'scenes': generated under storage_path.")
-    split: str = Field("test", description="Split that is reported.")
-    select_split: str = Field("val", description="Split on which alpha is chosen; empty: the reported split itself.")
+    split: str = Field(
+        "",
+        description="Split that is reported; one without public answers gets files for its test server. Empty: val; test for 'scenes'.",
+    )
+    select_split: str = Field(
+        "val", description="Split on which alpha is chosen, unless --alpha says it; empty: the reported split itself."
+    )
     num_queries: PositiveInt = Field(
         300, description="Queries per split to generate for 'scenes'; eleven pictures each."
     )
     seed: int = Field(0, description="Seed of the generated benchmark and of the bootstrap.")
     protocol: dict[str, Any] = Field(
-        {}, description='Protocol options of the benchmark, e.g. \'{"reference": "kept"}\'.'
+        {},
+        description='Protocol options of the benchmark, e.g. \'{"reference": "kept"}\'. An option that is a list runs each of its '
+        "values; FashionIQ's categories and GeneCIS's tasks all run by default, and are averaged.",
+    )
+    gallery_ids: str = Field(
+        "", description="File of image ids, a JSON list or one a line, searched instead of the benchmark's own gallery."
+    )
+    gallery_alpha: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Above 0, gallery images that have a caption are composed with it: slerp at this alpha.",
+    )
+    gallery_captions: str = Field(
+        "", description="JSON Lines or Parquet file (id, caption) of captions for a gallery of single picture files."
+    )
+    missing_images: Literal["error", "skip"] = Field(
+        "error",
+        description="error: a missing or unreadable picture stops the run; skip: it is left out with the queries that "
+        "need it, counted and printed with every score.",
     )
     model: str = Field("", description="Model; empty: the adapter's base model, or 'scenes-tiny' without an adapter.")
     pretrained: str | None = Field(None, description="Weights tag of a named model, or a .safetensors file.")
@@ -48,7 +77,16 @@ class BatchRetrieveConfig(JobConfig):
         description="PEFT adapter folder or URI; 'newest': of the newest finished tat_train run of the experiment; "
         "'none': the base model alone.",
     )
+    preprocessing_mode: Literal["center_crop", "target_pad", "squash"] | None = Field(
+        None, description="How a picture becomes a square; empty: as the model says, center_crop for CLIP."
+    )
     methods: list[Method] = Field(list(get_args(Method)), description="Composition methods.")
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="alpha to report, such as the paper's (CIRR 0.9, CIRCO and FashionIQ 0.8); empty: chosen.",
+    )
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
         [round(0.1 * step, 1) for step in range(11)],
         description="Text weights of the sweep; 0 image only, 1 text only.",
@@ -74,6 +112,16 @@ class BatchRetrieveConfig(JobConfig):
         if not alphas or len(set(alphas)) != len(alphas):
             raise ValueError("alphas must hold at least one value, none twice")
         return sorted(alphas)
+
+    @property
+    def reported_split(self) -> str:
+        """The split, or the benchmark's usual one."""
+        return self.split or ("test" if self.benchmark == "scenes" else "val")
+
+    @property
+    def sweep(self) -> list[float]:
+        """Every alpha of the sweep, the one to report among them."""
+        return sorted({*self.alphas, *([] if self.alpha is None else [self.alpha])})
 
 
 def find_adapter(config: BatchRetrieveConfig) -> tuple[str | None, dict[str, str] | None]:
@@ -110,6 +158,7 @@ def main() -> None:
         adapter,
         "cuda" if config.use_gpu else "cpu",
         config.precision,
+        config.preprocessing_mode,
     )
     checking = inspector.inspect.remote()
     from jobs.retrieval_job import retrieve_and_report

@@ -17,18 +17,19 @@ from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec
 from cir_core.encoders import load_encoder
 from cir_core.schema import Reject
 from cir_core.shards import Sample, Slice, read_shard, read_slice
-from jobs.decoding import decode_images
+from jobs.decoding import Picture, decode_images
 
 _IN_FLIGHT = 4  # chunks being decoded per encoder: enough to hide a decode behind an encode, small enough for memory
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work: a shard, or a run of an image folder's files. number: names its part."""
+    """One unit of work: a shard, a run of an image folder's files, or pictures. number: names its part."""
 
     number: int
     shard: str
     files: Slice | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +113,13 @@ class ShardEmbedder:
 
     def _decoded(
         self, unit: Unit, rejects: list[Reject]
-    ) -> Iterator[tuple[list[Sample], np.ndarray[Any, Any], list[Reject]]]:
+    ) -> Iterator[tuple[list[Sample | Picture], np.ndarray[Any, Any], list[Reject]]]:
         """Yield (readable rows, images, rejects) in order, with a bounded number of chunks being decoded."""
-        waiting: deque[tuple[list[Sample], Any]] = deque()
-        source: Iterator[Sample | Reject]
-        if unit.files is not None:
+        waiting: deque[tuple[list[Sample | Picture], Any]] = deque()
+        source: Iterator[Sample | Picture | Reject]
+        if unit.pictures:
+            source = iter(unit.pictures)
+        elif unit.files is not None:
             source = read_slice(unit.files, require_caption=False)
         else:
             source = read_shard(unit.shard, require_caption=False)
@@ -132,7 +135,9 @@ class ShardEmbedder:
             elif not chunk:
                 return
 
-    def _counted(self, source: Iterator[Sample | Reject], rejects: list[Reject]) -> Iterator[Sample]:
+    def _counted(
+        self, source: Iterator[Sample | Picture | Reject], rejects: list[Reject]
+    ) -> Iterator[Sample | Picture]:
         self.rows_read = 0
         for row in source:
             self.rows_read += 1

@@ -7,8 +7,9 @@ A rerun skips the parts that are finished; the manifest is written last.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 import ray.data
@@ -17,8 +18,10 @@ from ray.data import ActorPoolStrategy
 from cir_core import files
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec, listing_digest
 from cir_core.encoders import EncoderDetails
+from cir_core.files import StoredFile
 from cir_core.schema import CirError
 from cir_core.shards import index_image_folder, list_images, list_shards, shard_versions
+from jobs.decoding import Picture
 from jobs.embedder import EmbedPlan, ShardEmbedder, Unit
 from jobs.session import say
 from jobs.storage import absolute
@@ -45,6 +48,24 @@ def find_units(data: str) -> tuple[list[Unit], str]:
     else:
         units = [Unit(number, shard) for number, shard in enumerate(shards)]
         listing = [(absolute(shard), size, modified) for shard, size, modified in shard_versions(shards)]
+    return units, listing_digest(listing)
+
+
+def picture_units(pictures: Sequence[Picture], versions: Mapping[str, StoredFile]) -> tuple[list[Unit], str]:
+    """Return the units of work of pictures, and a digest of them. versions: the file of each picture, by its key."""
+    runs = [pictures[start : start + _FOLDER_ROWS] for start in range(0, len(pictures), _FOLDER_ROWS)]
+    units = [
+        Unit(number, f"pictures {run[0].key} to {run[-1].key}", None, tuple(run)) for number, run in enumerate(runs)
+    ]
+    listing = [
+        (
+            json.dumps([item.key, files.redact(absolute(item.uri)), str(item.crop), item.caption]),
+            file.size_bytes,
+            file.modified_ns,
+        )
+        for item in pictures
+        for file in [versions[item.key]]
+    ]
     return units, listing_digest(listing)
 
 

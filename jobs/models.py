@@ -57,9 +57,17 @@ class VariantInspector:
     model, pretrained: "" and None where the adapter says what it was made from. The rest is as in `load_encoder`.
     """
 
-    def __init__(self, model: str, pretrained: str | None, adapter: str | None, device: str, precision: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None,
+        adapter: str | None,
+        device: str,
+        precision: str,
+        preprocessing_mode: str | None,
+    ) -> None:
         self.model, self.pretrained, self.adapter = model, pretrained, adapter
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.preprocessing_mode = device, precision, preprocessing_mode
 
     def inspect(self) -> list[ModelInfo]:
         """Return the one or two models.
@@ -75,17 +83,27 @@ class VariantInspector:
             self.model, self.pretrained = self.model or tat.base_model, self.pretrained or tat.pretrained
         found = []
         for adapter in [None] if self.adapter is None else [None, self.adapter]:
-            encoder = load_encoder(self.model, self.pretrained, adapter, self.device, self.precision)
+            encoder = load_encoder(
+                self.model,
+                self.pretrained,
+                adapter,
+                self.device,
+                self.precision,
+                preprocessing_mode=self.preprocessing_mode,
+            )
             if adapter is None:
                 self.base = encoder
             found.append(ModelInfo(self.model, self.pretrained, adapter, encoder.details, encoder.preprocessing))
         return found
 
-    def encode_captions(self, splits: list[list[str]]) -> tuple[list[Tensor], list[int]]:
+    def encode_captions(self, lists: list[list[str]]) -> tuple[list[Tensor], list[int]]:
         """Encode relative captions with the text tower, which no adapter touches; also count those it cuts short.
 
         Returns:
-            Per split, float32[Q, D] on the CPU and the number of captions that lose their end.
+            Per list, float32[n, D] on the CPU and the number of captions that lose their end.
         """
-        texts = [self.base.encode_texts(captions).cpu() for captions in splits]
-        return texts, [self.base.count_truncated(captions) for captions in splits]
+        unique = list(dict.fromkeys(caption for captions in lists for caption in captions))
+        places = {caption: place for place, caption in enumerate(unique)}
+        texts = self.base.encode_texts(unique).cpu()
+        rows = [[places[caption] for caption in captions] for captions in lists]
+        return [texts[chosen] for chosen in rows], [self.base.count_truncated(captions) for captions in lists]

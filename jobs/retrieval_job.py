@@ -1,134 +1,204 @@
-"""The driver of a retrieval run: find benchmark and galleries, embed, search, evaluate, publish."""
+"""The driver of a retrieval run: find benchmarks and galleries, embed, search, evaluate, publish."""
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from rich.console import Console
 from torch import Tensor
 
-from cir_core import files, scenes
-from cir_core.benchmarks import Benchmark, load_benchmark
+from cir_core import files
+from cir_core.benchmarks import Benchmark
+from cir_core.composition import mean_texts
 from cir_core.embedding_store import EmbeddingStore
-from cir_core.evaluation import EvaluationResult, evaluate
-from cir_core.schema import CirError, Ranking
+from cir_core.evaluation import EvaluationResult, evaluate, save_ranking
+from cir_core.schema import Ranking
 from jobs import tracking
+from jobs.benchmark_parts import ImageSource, ImageSources, Part, find_parts
 from jobs.config import flat_parameters
 from jobs.embedder import EmbedPlan
-from jobs.embedding import embed_stores, find_units, store_spec, store_uri
+from jobs.embedding import embed_stores, store_spec, store_uri
 from jobs.models import ModelInfo
 from jobs.retrieval import Prepared, Setting, settings_of
-from jobs.retrieval_report import (
-    SCENES_NOTE,
-    Outcome,
-    Variant,
-    comparisons_table,
-    log_variant,
-    per_query_columns,
-    results_table,
-    write_report,
-)
+from jobs.retrieval_outcomes import Outcome, Variant, ranking_file
+from jobs.retrieval_report import log_outcomes, write_report, write_submissions
+from jobs.retrieval_tables import print_report
 from jobs.session import code_version, say
 from jobs.storage import RunFolder, absolute, check_writable
 
 if TYPE_CHECKING:
     from jobs.batch_retrieve import BatchRetrieveConfig
 
-
-def find_benchmarks(config: BatchRetrieveConfig, splits: Sequence[str]) -> list[Benchmark]:
-    """Load the splits, generating scenes first where they are absent."""
-    root = config.root
-    if config.benchmark == "scenes" and not root:
-        root = files.join(
-            absolute(config.storage_path), "data", f"scenes-benchmark-{config.num_queries}-seed{config.seed}"
-        )
-        missing = [split for split in splits if not files.exists(files.join(root, split, "benchmark.json"))]
-        if missing:
-            say(f"generating {config.num_queries} composed queries each for {' and '.join(missing)} in {root}")
-        write = ray.remote(num_cpus=1)(scenes.write_benchmark)
-        ray.get([write.remote(root, split, config.num_queries, seed=config.seed) for split in missing])
-    if not root:
-        raise CirError(f"--root is needed: the folder that holds benchmark {config.benchmark!r}")
-    found = [load_benchmark(config.benchmark, root, split, **config.protocol) for split in splits]
-    if not all(benchmark.image_shards for benchmark in found):
-        raise CirError(
-            f"batch_retrieve cannot run benchmark {config.benchmark!r} yet, only those whose gallery comes as image-text shards; "
-            "the library scores rankings for it: cir_core.evaluation.evaluate"
-        )
-    return found
+Results = dict[Setting, EvaluationResult]
 
 
-def gallery_plan(config: BatchRetrieveConfig, benchmark: Benchmark, variant: Variant) -> EmbedPlan:
-    """Plan a variant's store of a benchmark's gallery; its folder is named by its identity."""
+def gallery_plan(config: BatchRetrieveConfig, source: ImageSource, variant: Variant) -> EmbedPlan:
+    """Plan a variant's store of some images; its folder is named by its identity."""
     info = variant.info
-    units, digest = find_units(benchmark.image_shards)
-    spec = store_spec(info.details, dtype="float32", captions="text", input_digest=digest)
+    spec = store_spec(info.details, dtype="float32", captions=source.captions, input_digest=source.digest)
     return EmbedPlan(
-        units=tuple(units),
+        units=source.units,
         output=store_uri(config.storage_path, spec),
         spec=spec,
         model=info.model,
         pretrained=info.pretrained,
         adapter=info.adapter,
         precision=config.precision,
-        preprocessing_mode=None,
-        captions="text",
+        preprocessing_mode=config.preprocessing_mode,
+        captions=source.captions,
         batch_size=config.batch_size,
         use_gpu=config.use_gpu,
     )
 
 
-def score(
-    config: BatchRetrieveConfig, benchmark: Benchmark, store: EmbeddingStore, texts: Tensor
-) -> tuple[dict[Setting, Ranking], dict[Setting, EvaluationResult]]:
-    """Search a gallery once for all settings, and evaluate each."""
-    settings = settings_of(config.methods, config.alphas)
-    prepared = Prepared.of(benchmark, store, protocol={"store": store.identity})
-    rankings = prepared.retrieve(texts, settings, k=config.k, num_shards=config.num_shards)
-    return rankings, {
-        key: evaluate(ranking, benchmark, num_resamples=2000, seed=config.seed) for key, ranking in rankings.items()
-    }
+@ray.remote(num_cpus=1, max_retries=5)
+def _evaluate(ranking: Ranking, subsets: Ranking | None, benchmark: Benchmark, seed: int) -> EvaluationResult:
+    return evaluate(ranking, benchmark, subset_ranking=subsets, num_resamples=2000, seed=seed)
 
 
-def choose(results: Mapping[Setting, EvaluationResult], headline: str) -> dict[str, float | None]:
-    """Return each method's alpha with the best headline metric; the smaller of equals."""
+class RetrievalRun:
+    """One run: what is searched with what, step by step."""
+
+    def __init__(self, config: BatchRetrieveConfig, parts: Sequence[Part], variants: Sequence[Variant]) -> None:
+        self.config, self.parts, self.variants = config, parts, variants
+        self.settings = settings_of(config.methods, config.sweep)
+        both = [item for part in parts for item in (part.reported, part.selected) if item is not None]
+        self.benchmarks = list({id(item): item for item in both}.values())
+        sources = ImageSources(config)
+        largest_first = sorted(self.benchmarks, key=lambda item: -len(item.image_ids))  # holds the others' images
+        self.source_of = {id(item): sources.add(item) for item in largest_first}
+        self.sources = sources.sources
+        self.texts: dict[int, Tensor] = {}
+        self.about_texts: dict[int, dict[str, object]] = {}
+        self.stores: dict[tuple[str, int], EmbeddingStore] = {}
+
+    def encode_texts(self, inspector: Any) -> None:
+        """Encode every query's captions; a query with several gets their mean."""
+        captions = [[text for query in item.queries for text in query.captions] for item in self.benchmarks]
+        texts, truncated = ray.get(inspector.encode_captions.remote(captions))
+        for item, found, cut, given in zip(self.benchmarks, texts, truncated, captions, strict=True):
+            self.texts[id(item)] = mean_texts(found, [len(query.captions) for query in item.queries])
+            empty = sum(not text for text in given)
+            self.about_texts[id(item)] = {"texts_truncated": cut, "texts_empty": empty}
+            images = f"{len(item.queries)} queries, {len(item.gallery_ids)} gallery images"
+            say(f"{_named(item)}: {images}, {cut} texts truncated, {empty} empty")
+
+    def embed(self) -> None:
+        """Make the stores, or find them."""
+        skip = self.config.missing_images == "skip"
+        pairs = [(variant, number) for variant in self.variants for number in range(len(self.sources))]
+        plans = [gallery_plan(self.config, self.sources[number], variant) for variant, number in pairs]
+        stores = embed_stores(plans, num_encoders=self.config.num_encoders, max_rejects=None if skip else 0)
+        self.stores = {(variant.label, number): store for (variant, number), store in zip(pairs, stores, strict=True)}
+
+    def prepare(self, benchmark: Benchmark, variant: Variant) -> tuple[Prepared, Tensor]:
+        """Return a benchmark and its texts ready for the search, without images that are to be left out."""
+        store = self.stores[(variant.label, self.source_of[id(benchmark)])]
+        texts, left = self.texts[id(benchmark)], benchmark
+        if self.config.missing_images == "skip":
+            lost = set(benchmark.image_ids) - set(store.read_ids())
+            left = benchmark.without_images(lost) if lost else benchmark
+            kept = {query.query_id for query in left.queries}
+            texts = texts[[query.query_id in kept for query in benchmark.queries]]
+        spec = store.manifest.spec
+        made = {
+            "model": spec.model,
+            "weights": spec.weights,
+            "weights_digest": spec.weights_digest,
+            "adapter": variant.info.adapter or "none",
+            "adapter_digest": spec.adapter_digest or "none",
+            "preprocessing": spec.preprocessing,
+            "precision": variant.info.details.precision,
+            "gallery_alpha": self.config.gallery_alpha,
+            "store": store.identity,
+            "code_version": code_version(),
+            **self.about_texts[id(benchmark)],
+        }
+        return Prepared.of(left, store, gallery_alpha=self.config.gallery_alpha, protocol=made), texts
+
+    def search(
+        self, benchmark: Benchmark, variant: Variant
+    ) -> tuple[Benchmark, dict[Setting, Ranking], dict[Setting, Ranking], Results]:
+        """Search once for all settings and score each; subset rankings and results are empty where there are none."""
+        prepared, texts = self.prepare(benchmark, variant)
+        shards = self.config.num_shards
+        rankings = prepared.retrieve(texts, self.settings, k=self.config.k, num_shards=shards)
+        subsets: dict[Setting, Ranking] = {}
+        if prepared.benchmark.max_subset_k:
+            subsets = prepared.retrieve_subsets(texts, self.settings, num_shards=shards)
+        results: Results = {}
+        if prepared.benchmark.has_targets:
+            held = ray.put(prepared.benchmark)
+            waiting = [
+                _evaluate.remote(rankings[key], subsets.get(key), held, self.config.seed) for key in self.settings
+            ]
+            results = dict(zip(self.settings, ray.get(waiting), strict=True))
+        return prepared.benchmark, rankings, subsets, results
+
+    def outcomes(self, local: str) -> list[Outcome]:
+        """Search and score every part with every variant; the rankings go to files below `local`."""
+        found = []
+        for variant in self.variants:
+            reported: list[tuple[Part, Benchmark, Results]] = []
+            chosen_on: dict[str, list[Results]] = {}
+            for part in self.parts:
+                benchmark, rankings, subsets, results = self.search(part.reported, variant)
+                for method in self.config.methods:
+                    _save(rankings, method, ranking_file(local, part, variant, method))
+                    _save(subsets, method, ranking_file(local, part, variant, f"{method}.subset"))
+                reported.append((part, benchmark, results))
+                if part.selected is not None:
+                    same = part.selected is part.reported
+                    chosen_on.setdefault(part.group, []).append(
+                        results if same else self.search(part.selected, variant)[3]
+                    )
+            for part, benchmark, results in reported:
+                chosen = choose(chosen_on[part.group], benchmark.headline) if part.selected else self._given()
+                found.append(Outcome(part, benchmark, variant, results, chosen, local))
+            say(f"searched with {variant.label}: {variant.info.adapter or variant.info.model}")
+        return found
+
+    @property
+    def alpha_is(self) -> str:
+        """Where the reported alpha comes from."""
+        if self.config.alpha is not None:
+            return f"alpha {self.config.alpha:g} as given"
+        same = self.parts[0].selected is self.parts[0].reported
+        return "alpha chosen on " + (
+            "the same queries, so it is optimistic" if same else f"split {self.config.select_split!r}"
+        )
+
+    def _given(self) -> dict[str, float | None]:
+        """Every method's alpha where the user gave it."""
+        return {method: self.config.alpha if alpha is not None else None for method, alpha in self.settings}
+
+
+def _named(benchmark: Benchmark) -> str:
+    which = [str(benchmark.protocol[key]) for key in ("category", "task") if key in benchmark.protocol]
+    return " ".join([str(benchmark), *which])
+
+
+def _save(rankings: Mapping[Setting, Ranking], method: str, uri: str) -> None:
+    by_alpha = {alpha: ranking for (name, alpha), ranking in rankings.items() if name == method}
+    if by_alpha:
+        save_ranking(by_alpha, uri)
+
+
+def choose(results: Sequence[Results], headline: str) -> dict[str, float | None]:
+    """Return each method's alpha with the best headline metric, averaged over categories; the smaller of equals."""
     chosen: dict[str, tuple[float, float | None]] = {}
-    for (method, alpha), result in results.items():
-        value = result.metrics[headline]
+    for method, alpha in results[0]:
+        value = float(np.mean([result[(method, alpha)].metrics[headline] for result in results]))
         if method not in chosen or value > chosen[method][0]:
             chosen[method] = (value, alpha)
     return {method: alpha for method, (_, alpha) in chosen.items()}
-
-
-def run_variants(
-    config: BatchRetrieveConfig,
-    inspector: Any,
-    variants: Sequence[Variant],
-    reported: Benchmark,
-    selected: Benchmark,
-) -> list[Outcome]:
-    """Score every variant on both splits; alpha comes from `selected`, the scores from `reported`."""
-    splits = [reported] if selected is reported else [reported, selected]
-    captions = [[query.relative_caption for query in benchmark.queries] for benchmark in splits]
-    texts, truncated = ray.get(inspector.encode_captions.remote(captions))
-    ray.kill(inspector)  # its GPU or memory is for the embedders
-    plans = [gallery_plan(config, benchmark, variant) for variant in variants for benchmark in splits]
-    stores = iter(embed_stores(plans, num_encoders=config.num_encoders, max_rejects=0))
-    for benchmark, cut in zip(splits, truncated, strict=True):
-        gallery = len(benchmark.gallery_ids)
-        say(f"{benchmark}: {len(benchmark.queries)} queries, {gallery} gallery images, {cut} captions truncated")
-    outcomes = []
-    for variant in variants:
-        scored = [score(config, item, next(stores), text) for item, text in zip(splits, texts, strict=True)]
-        rankings, results = scored[0]
-        outcomes.append(Outcome(variant, rankings, results, choose(scored[-1][1], reported.headline)))
-        say(f"scored {variant.label}: {variant.info.adapter or variant.info.model}")
-    return outcomes
 
 
 def retrieve_and_report(
@@ -147,53 +217,41 @@ def retrieve_and_report(
     *untuned, last = models
     variants = [Variant("before TAT", info) for info in untuned]
     variants.append(Variant("after TAT" if untuned else "base model", last))
-    splits = list(dict.fromkeys([config.split, config.select_split or config.split]))
-    reported, *others = find_benchmarks(config, splits)
-    selected = others[0] if others else reported
-    needed = reported.max_k + reported.reference_removed
-    if config.k < needed:
-        raise CirError(f"--k {config.k} is too short for {reported.metrics}: use at least {needed}")
-    name = config.name or f"{config.benchmark}-{config.split}-{config.digest(['name'])}"
+    job = RetrievalRun(config, find_parts(config), variants)
+    identities = " ".join(info.details.identity for info in models)
+    digest = hashlib.sha256(f"{config.digest(['name'])} {identities}".encode()).hexdigest()[:8]
+    name = config.name or f"{config.benchmark}-{config.reported_split}-{digest}"
     folder = RunFolder(config.storage_path, "batch_retrieve", name)
+    folder.claim({**config.model_dump(mode="json", exclude={"name"}), "encoders": identities})
     tags = {"job": "batch_retrieve", "code_version": code_version(), "benchmark": config.benchmark}
-    parameters = flat_parameters(config) | {
-        "adapter_uri": last.adapter or "none",
-        "tat_train_run": tat_train_run,
-    }
+    parameters = flat_parameters(config) | {"adapter_uri": last.adapter or "none", "tat_train_run": tat_train_run}
     start = partial(tracking.Tracker.start, uri, experiment=config.experiment, tags=tags)
     parent = start(name=name, parameters=parameters)
     say(f"MLflow: {parent.page}")
-    try:
-        outcomes = run_variants(config, inspector, variants, reported, selected)
-    except BaseException:
-        tracking.publish(lambda: parent.finish("FAILED"), patience_s=5)
-        raise
-    shown = "slerp" if "slerp" in config.methods else config.methods[0]
     with tempfile.TemporaryDirectory() as local:
-        write_report(outcomes, reported, local, method=shown, num_rows=config.contact_sheet_rows)
+        try:
+            job.encode_texts(inspector)
+            ray.kill(inspector)  # its GPU or memory is for the embedders
+            job.embed()
+            outcomes = job.outcomes(local)
+            submissions = write_submissions(outcomes)
+        except BaseException:
+            tracking.publish(lambda: parent.finish("FAILED"), patience_s=5)
+            raise
+        method = "slerp" if "slerp" in config.methods else config.methods[0]
+        write_report(outcomes, method=method, num_rows=config.contact_sheet_rows)
         for path in sorted(Path(local).rglob("*")):
             if path.is_file():
                 files.write_bytes(folder.path(*path.relative_to(local).parts), path.read_bytes())
         folder.commit({"name": name, "adapter": last.adapter})
 
         def record() -> None:
-            for outcome in outcomes:
-                about = {"encoder": outcome.variant.label, "model": outcome.variant.info.model,
-                         "adapter": outcome.variant.info.adapter or "none"}  # fmt: skip
-                label = f"{name} {outcome.variant.label}"
-                child = start(name=label, parameters=parameters | about, parent=parent)
-                log_variant(child, outcome, reported.headline)
-            parent.log_metrics(outcomes[-1].best(shown).metrics)
-            parent.log_table(per_query_columns(outcomes, reported, shown), "per_query.json")
+            log_outcomes(outcomes, name, method, start=start, parent=parent)
             parent.log_folder(local)
             parent.finish()
 
         tracking.publish(record)
-    console = Console(width=140)
-    console.print(results_table(outcomes, reported))
-    differences = comparisons_table(outcomes, reported, shown)
-    if differences.row_count:
-        console.print(differences)
-    chosen_on = "the same queries, so it is optimistic" if selected is reported else f"split {selected.split!r}"
-    say(f"alpha chosen on {chosen_on}. {SCENES_NOTE if reported.name == 'scenes' else ''}")
+        print_report(Console(width=140), outcomes, method=method, chosen_on=job.alpha_is)
+        for written in submissions:
+            say(f"for the test server: {folder.path(written)}")
     say(f"results: {folder.uri}\nMLflow: {parent.page}")

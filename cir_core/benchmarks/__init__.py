@@ -18,6 +18,7 @@ from cir_core.benchmarks.base import (
     near_matches,
     read_queries,
 )
+from cir_core.benchmarks.captions import read_captions
 from cir_core.benchmarks.circo import load_circo
 from cir_core.benchmarks.cirr import load_cirr
 from cir_core.benchmarks.domain_conversion import load_domain_conversion
@@ -46,6 +47,7 @@ __all__ = [
     "metric_parts",
     "near_matches",
     "protocol_options",
+    "read_captions",
     "read_queries",
 ]
 

@@ -11,11 +11,12 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cir_core import files
 from cir_core.benchmarks.images import Crop, ImageFiles
+from cir_core.files import StoredFile
 from cir_core.schema import CirError, Query
 
 METRIC_NAMES = ("recall", "recall_subset", "map", "pessimistic_recall")
@@ -118,18 +119,58 @@ class Benchmark:
         outside = dict.fromkeys(query.reference_id for query in self.queries if query.reference_id not in gallery)
         return (*self.gallery_ids, *outside)
 
-    def image_files(self, image_ids: Iterable[str] | None = None) -> dict[str, str]:
-        """Return {image id: URI of its picture file}, by default for all of `image_ids`.
+    def image_files(
+        self, image_ids: Iterable[str] | None = None, *, missing: Literal["error", "skip"] = "error"
+    ) -> dict[str, StoredFile]:
+        """Return {image id: its picture file}, by default for all of `image_ids`.
 
         Ids that `crops` names share a picture with others. Raises CirError counting and naming the missing
-        pictures, and for a benchmark whose pictures are in shards.
+        pictures (with "skip" only if all are), and for a benchmark whose pictures are in shards.
         """
         if self.images is None:
             raise CirError(f"{self}: its pictures are no single files; read its shards: {self.image_shards!r}")
         try:
-            return self.images.locate(self.image_ids if image_ids is None else image_ids)
+            return self.images.locate(self.image_ids if image_ids is None else image_ids, missing=missing)
         except CirError as error:
             raise CirError(f"{self}: {error}") from None
+
+    def without_images(self, image_ids: Iterable[str]) -> Benchmark:
+        """Return this benchmark without some images, as a person asked for who lacks their pictures.
+
+        They leave the gallery, the targets and the soft targets; a query goes with them if its reference, a member
+        of its subset, its annotated target (where recall counts only that) or every target was among them. The
+        protocol says how many images and queries were left out: such a score compares with no other.
+        Raises CirError if nothing is left.
+        """
+        gone = frozenset(image_ids)
+        lost = gone & frozenset(self.image_ids)
+        kept = []
+        for query in self.queries:
+            targets = tuple(name for name in query.target_ids if name not in gone)
+            answered = bool(targets) or not query.target_ids
+            if self.recall == "first" and targets[:1] != query.target_ids[:1]:
+                answered = False
+            if answered and not gone & {query.reference_id, *query.subset_ids}:
+                kept.append(replace(query, target_ids=targets))
+        names = frozenset(query.query_id for query in kept)
+        return replace(
+            self,
+            queries=tuple(kept),
+            gallery_ids=tuple(name for name in self.gallery_ids if name not in gone),
+            protocol={
+                **self.protocol,
+                "gallery_size": len(self.gallery_ids) - len(gone & frozenset(self.gallery_ids)),
+                "images_left_out": len(lost),
+                "queries_left_out": len(self.queries) - len(kept),
+            },
+            query_kinds={name: kind for name, kind in self.query_kinds.items() if name in names},
+            soft_targets={
+                name: {image: value for image, value in values.items() if image not in gone}
+                for name, values in self.soft_targets.items()
+                if name in names
+            },
+            aspects={aspect: ids & names for aspect, ids in self.aspects.items()},
+        )
 
     def ranked_sizes(self) -> tuple[int, ...]:
         """Return how many images each query ranks: its gallery, less a reference that the protocol removes."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from PIL import Image
 
 from cir_core import files
+from cir_core.files import StoredFile
 from cir_core.preprocessing import ImageError
 from cir_core.schema import CirError
 
@@ -28,27 +30,29 @@ class ImageFiles:
     source: str
     stems: Mapping[str, str] = field(default_factory=dict)
 
-    def locate(self, image_ids: Iterable[str]) -> dict[str, str]:
-        """Return {image id: URI of its picture} in the order asked for.
+    def locate(self, image_ids: Iterable[str], *, missing: Literal["error", "skip"] = "error") -> dict[str, StoredFile]:
+        """Return {image id: its picture file} in the order asked for.
 
-        Lists each folder once. Raises CirError that counts all the ids without a .png, .jpg or .jpeg (in
-        either case) and names the first: a picture left out would make the benchmark easier.
+        Lists each folder once. missing: what to do about ids without a .png, .jpg or .jpeg (in either case):
+        "error" raises a CirError that counts them and names the first, because a picture left out makes the
+        benchmark easier; "skip" leaves them out of the result.
         """
         wanted = {name: self.stems.get(name, name) for name in image_ids}
-        found: dict[str, str] = {}
+        found: dict[str, StoredFile] = {}
         for folder in self.folders:
             if len(found) < len(wanted) and files.is_folder(folder):
                 listed = _pictures_by_stem(folder, {stem.rpartition("/")[0] for stem in wanted.values()})
                 for name, stem in wanted.items():
                     if name not in found and stem in listed:
                         found[name] = listed[stem]
-        if missing := [name for name in wanted if name not in found]:
-            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        lost = [name for name in wanted if name not in found]
+        if lost and (missing == "error" or not found):
+            more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
             raise CirError(
-                f"{len(missing)} of {len(wanted)} images are missing: {', '.join(missing[:_NAMED])}{more}; looked "
+                f"{len(lost)} of {len(wanted)} images are missing: {', '.join(lost[:_NAMED])}{more}; looked "
                 f"for {', '.join(SUFFIXES)} in {', '.join(map(files.redact, self.folders))}; get them from {self.source}"
             )
-        return {name: found[name] for name in wanted}
+        return {name: found[name] for name in wanted if name in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,10 @@ class Crop:
         return square
 
 
-def _pictures_by_stem(folder: str, below: set[str]) -> dict[str, str]:
-    """Map "path/without-suffix" to URI for the pictures of a folder, listing no more of it than is asked for."""
+def _pictures_by_stem(folder: str, below: set[str]) -> dict[str, StoredFile]:
+    """Map "path/without-suffix" to file for the pictures of a folder, listing no more of it than is asked for."""
     tops = {path.partition("/")[0] for path in below}
-    pictures: dict[str, tuple[int, str]] = {}
+    pictures: dict[str, tuple[int, StoredFile]] = {}
     for top in sorted(tops):
         start = files.join(folder, top) if top else folder
         if not files.is_folder(start):
@@ -112,5 +116,5 @@ def _pictures_by_stem(folder: str, below: set[str]) -> dict[str, str]:
             stem, dot, suffix = (f"{top}/{file.name}" if top else file.name).rpartition(".")
             order = SUFFIXES.index(dot + suffix.lower()) if dot + suffix.lower() in SUFFIXES else None
             if order is not None and (stem not in pictures or order < pictures[stem][0]):
-                pictures[stem] = (order, file.uri)
-    return {stem: uri for stem, (_, uri) in pictures.items()}
+                pictures[stem] = (order, file)
+    return {stem: file for stem, (_, file) in pictures.items()}

@@ -3,13 +3,14 @@
 from cir_core.evaluation.protocol import apply_protocol
 from cir_core.evaluation.rankings import load_ranking, save_ranking
 from cir_core.evaluation.scoring import EvaluationResult, compare, evaluate, mean_of_results
-from cir_core.evaluation.submission import validate_submission, write_submission
+from cir_core.evaluation.submission import has_test_server, validate_submission, write_submission
 
 __all__ = [
     "EvaluationResult",
     "apply_protocol",
     "compare",
     "evaluate",
+    "has_test_server",
     "load_ranking",
     "mean_of_results",
     "save_ranking",

@@ -22,7 +22,7 @@ from reprlib import Repr
 from cir_core import files
 from cir_core.benchmarks import Benchmark
 from cir_core.benchmarks.circo import COCO_IMAGES
-from cir_core.evaluation.protocol import apply_protocol
+from cir_core.evaluation.protocol import align, apply_protocol
 from cir_core.schema import CirError, Query, Ranking
 
 MAX_BYTES = 5_000_000  # CIRR's "5 MB"; CIRCO names no limit, and none of its files comes near
@@ -39,13 +39,20 @@ _STRANGER = "lists an image that is not in the gallery"
 _MISSING = object()
 
 
-def write_submission(ranking: Ranking, benchmark: Benchmark, path: str | os.PathLike[str]) -> list[str]:
+def write_submission(
+    ranking: Ranking,
+    benchmark: Benchmark,
+    path: str | os.PathLike[str],
+    *,
+    subset_ranking: Ranking | None = None,
+) -> list[str]:
     """Write the files that the benchmark's test server takes; return their URIs (CIRR: recall, recall_subset).
 
     path: a folder or its URI, which gets cirr_test1_recall.json and cirr_test1_recall_subset.json, or
     circo_<split>.json. A path that ends in .json names CIRCO's file itself, and x.json makes CIRR's
     x_recall.json and x_recall_subset.json. Equal rankings give equal bytes; each file appears whole.
-    ranking: at least 50 images a query beside the reference; for CIRR also 3 other members of its group.
+    ranking: at least 50 images a query beside the reference; for CIRR also 3 other members of its group, unless
+    subset_ranking holds them: the queries' groups alone, ranked.
 
     Raises CirError, with nothing written, for a benchmark without a test server, for every fault that
     `apply_protocol` finds in the ranking, and for whatever `validate_submission` would find in the files.
@@ -53,12 +60,14 @@ def write_submission(ranking: Ranking, benchmark: Benchmark, path: str | os.Path
     path = os.fspath(path)
     _check_server(benchmark)
     ranking = apply_protocol(ranking, benchmark)
+    groups = ranking if subset_ranking is None else align(subset_ranking, benchmark)
     uris = _submission_uris(path, benchmark)
     if not _names_a_file(path) and _is_file(path):
         raise CirError(f"{files.redact(path)}: is a file; name a folder, or a file that ends in .json")
     made = {}
     for metric, uri in uris.items():
-        made[uri] = json.dumps(_content(ranking, benchmark, metric), separators=(",", ":")).encode()
+        lists = groups if metric == "recall_subset" else ranking
+        made[uri] = json.dumps(_content(lists, benchmark, metric), separators=(",", ":")).encode()
         if violations := _violations(made[uri], benchmark):
             raise CirError(f"{files.redact(uri)}: not written, the server would refuse it: {'; '.join(violations)}")
     for uri, data in made.items():
@@ -89,8 +98,13 @@ def validate_submission(path: str | os.PathLike[str], benchmark: Benchmark) -> l
     return [f"{name}: {fault}" for name, named in faults.items() for fault in named]
 
 
+def has_test_server(benchmark: Benchmark) -> bool:
+    """Whether `write_submission` knows a test server for this benchmark and split."""
+    return benchmark.split in _SPLITS.get(benchmark.name, ())
+
+
 def _check_server(benchmark: Benchmark) -> None:
-    if benchmark.split not in _SPLITS.get(benchmark.name, ()):
+    if not has_test_server(benchmark):
         known = ", ".join(f"{name} {split}" for name, splits in _SPLITS.items() for split in splits)
         raise CirError(f"{benchmark}: has no test server (known: {known}); score its rankings with evaluate()")
 

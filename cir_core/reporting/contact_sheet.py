@@ -184,8 +184,11 @@ def _columns(label: str, ranking: Ranking, benchmark: Benchmark, chosen: Sequenc
     scored = apply_protocol(ranking, benchmark)
     ids, scores = scored.image_ids[chosen], scored.scores[chosen]
     targets = [benchmark.queries[row].target_ids for row in chosen]
-    names = [benchmark.queries[row].query_id for row in chosen]
-    found, first = hits(ids, targets, query_ids=names), first_hit_rank(ids, targets, query_ids=names)
+    found, first = np.zeros(ids.shape, dtype=np.bool_), np.zeros(len(chosen), dtype=np.int64)
+    answered = [row for row, known in enumerate(targets) if known]
+    if answered:
+        known = [targets[row] for row in answered]
+        found[answered], first[answered] = hits(ids[answered], known), first_hit_rank(ids[answered], known)
     columns = []
     for row in range(len(chosen)):
         places = [place for place in range(min(k, ids.shape[1])) if ids[row, place] != ""]

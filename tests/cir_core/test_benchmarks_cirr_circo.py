@@ -253,7 +253,7 @@ def test_pictures_are_found_when_they_are_asked_for(tmp_path):
     write(root / "dev" / f"{NAMES[0]}.jpg", "a second copy")
     found = benchmark.image_files()
     assert list(found) == NAMES
-    assert [Path(uri).name for uri in found.values()] == [n + s for n, s in zip(NAMES, suffixes, strict=True)]
+    assert [Path(file.uri).name for file in found.values()] == [n + s for n, s in zip(NAMES, suffixes, strict=True)]
     assert list(benchmark.image_files([NAMES[4]])) == [NAMES[4]]
     (root / "dev" / f"{NAMES[2]}.jpeg").rename(root / "dev" / f"{NAMES[2]}.webp")
     with pytest.raises(CirError, match=f"1 of 8 images are missing: {NAMES[2]}; .*get them from https"):
@@ -261,4 +261,4 @@ def test_pictures_are_found_when_they_are_asked_for(tmp_path):
     circo = load_benchmark("circo", circo_folder(tmp_path / "circo", coco=None), gallery_ids=[11, 13])
     for number in (7, 11, 13):
         write(tmp_path / f"circo/COCO2017_unlabeled/unlabeled2017/{number:012d}.jpg", "x")
-    assert [Path(uri).name for uri in circo.image_files().values()] == [f"{n:012d}.jpg" for n in (11, 13, 7)]
+    assert [Path(file.uri).name for file in circo.image_files().values()] == [f"{n:012d}.jpg" for n in (11, 13, 7)]

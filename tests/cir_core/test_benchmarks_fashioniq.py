@@ -48,7 +48,12 @@ def test_every_layout(tmp_path, base, captions):
     (root / base / "images").mkdir()
     for name, suffix in zip(IDS, (".png", ".jpg", ".jpeg", ".jpg"), strict=True):
         (root / base / "images" / f"{name}{suffix}").write_bytes(b"x")
-    assert [Path(uri).name for uri in benchmark.image_files().values()] == ["B1.png", "B2.jpg", "B3.jpeg", "B4.jpg"]
+    assert [Path(file.uri).name for file in benchmark.image_files().values()] == [
+        "B1.png",
+        "B2.jpg",
+        "B3.jpeg",
+        "B4.jpg",
+    ]
 
 
 def test_the_val_gallery_is_what_the_queries_use_in_split_order(tmp_path):

@@ -54,7 +54,7 @@ def test_object_task_in_every_layout(tmp_path, base):
     (root / "val2017").mkdir()
     for number in range(1, 6):
         (root / "val2017" / f"{number:012d}.jpg").write_bytes(b"x")
-    assert Path(benchmark.image_files()["5"]).name == "000000000005.jpg"
+    assert Path(benchmark.image_files()["5"].uri).name == "000000000005.jpg"
 
 
 def test_a_distractor_that_is_the_target_is_left_out_and_counted(tmp_path):
@@ -78,7 +78,7 @@ def test_attribute_tasks_name_and_describe_their_crops(tmp_path):
         (root / folder / f"{number}.jpg").write_bytes(b"x")
     found = benchmark.image_files()
     assert found[own[0]] == found[own[1]]
-    assert Path(found[own[0]]).parts[-2:] == ("VG_100K_2", "2.jpg")
+    assert Path(found[own[0]].uri).parts[-2:] == ("VG_100K_2", "2.jpg")
 
 
 def test_whole_pictures_instead_of_crops(tmp_path):
@@ -196,7 +196,7 @@ def test_domain_conversion_pictures_texts_and_galleries(tmp_path):
     assert benchmark.queries[3].relative_caption == "origami, please"
     found = benchmark.image_files()
     assert len(found) == 8
-    assert Path(found["real/n01/b"]).name == "b.jpeg" or Path(found["real/n01/b"]).name == "b.JPEG"
+    assert Path(found["real/n01/b"].uri).name in ("b.jpeg", "b.JPEG")
     part = load_benchmark("domain_conversion", root, gallery_ids=["imagenet-r/n01/toy_0"])
     assert part.protocol["photos_of_classes_without_gallery_images"] == 2
     assert [query.target_ids for query in part.queries if query.target_ids] == [("imagenet-r/n01/toy_0",)] * 2
@@ -259,7 +259,7 @@ def test_image_files_look_in_every_folder_in_order(tmp_path):
     folders = tuple(str(tmp_path / folder) for folder in ("one", "absent", "two"))
     images = ImageFiles(folders, "a shop", {"third": "sub/c"})
     found = images.locate(["b", "a", "third"])
-    assert [str(Path(uri).relative_to(tmp_path)) for uri in found.values()] == [
+    assert [str(Path(file.uri).relative_to(tmp_path)) for file in found.values()] == [
         "two/b.jpg",
         "one/a.png",
         "two/sub/c.png",
