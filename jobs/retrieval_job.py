@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from jobs.batch_retrieve import BatchRetrieveConfig
 
 Results = dict[Setting, EvaluationResult]
+# Settings that decide how a run is done and shown, not what it finds.
+_HOW = ("name", "num_shards", "num_encoders", "use_gpu", "batch_size", "contact_sheet_rows")
+_WHERE = ("storage_path", "tracking_uri", "experiment")
 
 
 def gallery_plan(config: BatchRetrieveConfig, source: ImageSource, variant: Variant) -> EmbedPlan:
@@ -219,10 +222,10 @@ def retrieve_and_report(
     variants.append(Variant("after TAT" if untuned else "base model", last))
     job = RetrievalRun(config, find_parts(config), variants)
     identities = " ".join(info.details.identity for info in models)
-    digest = hashlib.sha256(f"{config.digest(['name'])} {identities}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{config.digest(_HOW)} {identities}".encode()).hexdigest()[:8]
     name = config.name or f"{config.benchmark}-{config.reported_split}-{digest}"
     folder = RunFolder(config.storage_path, "batch_retrieve", name)
-    folder.claim({**config.model_dump(mode="json", exclude={"name"}), "encoders": identities})
+    folder.claim({**config.model_dump(mode="json", exclude={*_HOW, *_WHERE}), "encoders": identities})
     tags = {"job": "batch_retrieve", "code_version": code_version(), "benchmark": config.benchmark}
     parameters = flat_parameters(config) | {"adapter_uri": last.adapter or "none", "tat_train_run": tat_train_run}
     start = partial(tracking.Tracker.start, uri, experiment=config.experiment, tags=tags)
