@@ -276,7 +276,7 @@ def test_commit_counts_rows_columns_and_ids(tmp_path):
 
 
 def test_equal_hashes_of_different_ids_are_not_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr(write_module, "_hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr(write_module, "hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
     assert write(str(tmp_path)).num_rows == 12
 
 
