@@ -76,10 +76,12 @@ def metrics_up_to(k: int) -> tuple[str, ...]:
 
 
 def check_answerable(query: Query, *, reference_removed: bool) -> None:
-    """Raise CirError, naming the query, for targets that it can never find, whatever the gallery holds."""
+    """Raise CirError, naming the query, for one that no gallery can answer, or whose targets none can hold."""
     where = f"query {query.query_id!r}"
     if reference_removed and query.reference_id in query.target_ids:
         raise CirError(f"{where}: its reference {query.reference_id!r} is a target, yet removed by the protocol")
+    if reference_removed and query.subset_ids == (query.reference_id,):
+        raise CirError(f"{where}: its own gallery (subset_ids) holds only its reference, which the protocol removes")
     if query.subset_ids and not set(query.target_ids) <= set(query.subset_ids):
         raise CirError(f"{where}: a target is not in the query's own gallery (subset_ids)")
 
