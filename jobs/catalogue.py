@@ -22,14 +22,15 @@ import ray
 import torch
 
 from cir_core import files
-from cir_core.benchmarks import QuerySlice, read_query_slice
+from cir_core.benchmarks import QuerySlice
+from cir_core.benchmarks.custom import is_picture
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
 from cir_core.evaluation import save_ranking, score_part
 from cir_core.schema import REJECT_SCHEMA, CirError, Query, Ranking, Reject
 from cir_core.search import TopK
+from jobs.catalogue_lookup import Found, look_up, read_part
 from jobs.decoding import fetch_images
-from jobs.models import ModelInfo
 from jobs.retrieval import GallerySearch, Setting, Tile
 
 _RANKS = ("rank", "pessimistic_rank")
@@ -67,15 +68,6 @@ class CatalogueRun:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Ids that a share of the store holds, their rows, and the embeddings of those that are references [n, D]."""
-
-    names: list[str]
-    rows: np.ndarray[Any, Any]
-    embeddings: np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A part between its encoding and its writing. kept: [Q] whether a query is answered; rejects: why the others are not."""
 
@@ -84,27 +76,6 @@ class Prepared:
     rejects: list[Reject]
     ranked_sizes: list[int]
     num_truncated: int
-
-
-def is_picture(reference: str) -> bool:
-    """Whether a reference that the store does not hold names a picture: a URI or an absolute path."""
-    return "://" in reference or reference.startswith("/")
-
-
-@ray.remote(num_cpus=0.5, max_retries=5)
-def read_part(part: QuerySlice) -> tuple[Query, ...]:
-    """Read the queries of a part."""
-    return read_query_slice(part)
-
-
-@ray.remote(num_cpus=0.5, max_retries=5)
-def look_up(store: str, parts: list[int], queries: tuple[Query, ...]) -> tuple[Found, Found]:
-    """Find the queries' references, and the members of their subsets, in some parts of the store."""
-    opened = EmbeddingStore.open(store)
-    references = Found(*opened.find([query.reference_id for query in queries], parts))
-    members = [name for query in queries for name in query.subset_ids]
-    nothing = np.empty(0, np.int64)
-    return references, Found(*opened.find(members, parts, embeddings=False)) if members else Found([], nothing, nothing)
 
 
 class QueryEncoder:
@@ -124,11 +95,6 @@ class QueryEncoder:
                 one.model, one.pretrained, one.adapter, device, one.precision, preprocessing_mode=one.preprocessing_mode
             )
         return self._loaded
-
-    def describe(self) -> ModelInfo:
-        """Load the model and say what it is; CirError for any mistake in the choice."""
-        one = self.choice
-        return ModelInfo(one.model, one.pretrained, one.adapter, self.encoder.details, self.encoder.preprocessing)
 
     def encode(
         self, run: CatalogueRun, where: str, queries: tuple[Query, ...], *found: tuple[Found, Found]
@@ -223,7 +189,7 @@ def _check_found(queries: Sequence[Query], held: Any, members: Any) -> None:
             raise CirError(f"query {query.query_id!r}: the store does not hold {missing[0]!r}")
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def write_part(run: CatalogueRun, number: int, prepared: Prepared, answers: dict[Setting, TopK]) -> dict[str, Any]:
     """Write all files of a part, its marker last; return the marker's content."""
     rows = np.flatnonzero(prepared.kept)

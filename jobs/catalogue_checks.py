@@ -18,10 +18,9 @@ import ray
 
 from cir_core import files
 from cir_core.benchmarks import QueryCounts, QueryFilePlan, QuerySlice, plan_query_file, read_query_slice
-from cir_core.benchmarks.custom import check_answerable
+from cir_core.benchmarks.custom import check_answerable, is_picture
 from cir_core.embedding_store import EmbeddingStore, hash_ids, listing_digest
 from cir_core.schema import CirError, Query
-from jobs.catalogue import is_picture
 
 Hashes = npt.NDArray[np.uint64]
 _BUCKET = 1 << 23  # query ids that one task compares: 64 MB
@@ -106,7 +105,7 @@ def _refuse_shared_ids(plans: Sequence[QueryFilePlan], ids: Sequence[Any], num_q
                 )
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def _repeated(low: int, high: int, *ids: Hashes) -> Hashes:
     """Return hashes in [low, high] that several of the sorted arrays hold."""
     ranges = [(np.searchsorted(one, np.uint64(low)), np.searchsorted(one, np.uint64(high), "right")) for one in ids]
@@ -114,7 +113,7 @@ def _repeated(low: int, high: int, *ids: Hashes) -> Hashes:
     return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])[:_SUSPECTS]
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def _named(plan: QueryFilePlan, suspects: Hashes) -> list[str]:
     """Return the query ids of a file that have one of these hashes."""
     return [
@@ -150,7 +149,7 @@ def _refuse_missing_images(plans: Sequence[QueryFilePlan], wanted: Sequence[Any]
     )
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def _united(*wanted: Hashes) -> Hashes:
     return np.unique(np.concatenate(wanted))
 
@@ -166,14 +165,14 @@ def _seen(store: str, parts: list[int], wanted: Hashes) -> npt.NDArray[np.bool_]
     return seen
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def _unseen(wanted: Hashes, *seen: npt.NDArray[np.bool_]) -> tuple[int, Hashes]:
     """Return how many hashes no share has seen, and some of them."""
     missing = wanted[~np.logical_or.reduce(seen)] if seen else wanted
     return missing.size, missing[:_SUSPECTS]
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def _wanting(plan: QueryFilePlan, hashes: Hashes) -> list[str]:
     """Say which queries of a file name images with these hashes."""
     found: list[str] = []

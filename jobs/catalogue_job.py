@@ -23,7 +23,7 @@ from jobs.catalogue_checks import CheckedQueries, check_queries
 from jobs.catalogue_report import publish, results_table, some_rejects, write_sheet
 from jobs.config import flat_parameters, public
 from jobs.decoding import DECODER_CPUS
-from jobs.models import ModelInfo
+from jobs.models import ModelInfo, inspect_model
 from jobs.retrieval import Gallery, GallerySearch, Setting, settings_of
 from jobs.session import check_resources, code_version, connect, say
 from jobs.storage import RunFolder, absolute, check_writable
@@ -45,12 +45,11 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
     connect()
     needed = {"CPU": 0.5 * config.num_encoders + DECODER_CPUS}
     check_resources(needed | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
-    actor = ray.remote(max_restarts=5, max_task_retries=5)(QueryEncoder)
-    pool = actor.options(num_cpus=0.5, num_gpus=1 if config.use_gpu else 0)
-    encoders = [pool.remote(choice) for _ in range(config.num_encoders)]
-    describing = encoders[0].describe.remote()
+    describing = inspect_model.remote(
+        choice.model, choice.pretrained, choice.adapter, preprocessing_mode=choice.preprocessing_mode
+    )
     checked = check_queries(uris, store, part_rows=config.queries_per_part, reference_removed=removed)
-    info: ModelInfo = ray.get(describing)
+    info = ray.get(describing)
     check_encoder(store, info)
     run, folder = _claim(config, store, checked, info, removed)
     recorded = folder.path("mlflow.json")
@@ -70,7 +69,7 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
         f"settings {', '.join(label(*key) for key in run.settings)}\nMLflow: {tracker.page}"
     )
     try:
-        speed = _answer_all(config, run, checked, encoders)
+        speed = _answer_all(config, run, checked, choice)
         result = _commit(config, folder, run, checked, info)
         write_sheet(config, run, checked.parts, folder)
     except BaseException:
@@ -175,7 +174,7 @@ def _claim(
         "weights_digest": info.details.weights_digest,
         "adapter_digest": info.details.adapter_digest or "",
         "preprocessing": info.details.preprocessing_tag,
-        "precision": info.details.precision,
+        "precision": _precision(config),
     }
     claim = made | {
         "queries": checked.digest,
@@ -201,6 +200,13 @@ def _claim(
     return run, folder
 
 
+def _precision(config: BatchRetrieveConfig) -> str:
+    """Return what "auto" means to the encoders."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if config.use_gpu else "fp32"
+
+
 def finished_parts(run: CatalogueRun) -> dict[int, dict[str, Any]]:
     """Return the markers of the parts whose files are there, whole."""
     progress = files.join(run.folder, "_progress")
@@ -222,17 +228,23 @@ def finished_parts(run: CatalogueRun) -> dict[int, dict[str, Any]]:
 
 
 def _answer_all(
-    config: BatchRetrieveConfig, run: CatalogueRun, checked: CheckedQueries, encoders: Sequence[Any]
+    config: BatchRetrieveConfig, run: CatalogueRun, checked: CheckedQueries, choice: EncoderChoice
 ) -> float:
     """Answer the parts that are not finished; return queries per second."""
     done = finished_parts(run)
     if 0 <= config.max_rejects < sum(marker["num_rejects"] for marker in done.values()):
         done = {number: marker for number, marker in done.items() if not marker["num_rejects"]}  # repaired, perhaps
     todo = [number for number in range(len(checked.parts)) if number not in done]
+    if not todo:
+        say(f"all {len(done)} parts are finished")
+        return 0.0
     if done:
-        say(f"{len(done)} of {len(checked.parts)} parts are finished{', going on with the rest' if todo else ''}")
+        say(f"{len(done)} of {len(checked.parts)} parts are finished, going on with the rest")
     total = sum(checked.parts[number].num_queries for number in todo)
     rejects = sum(marker["num_rejects"] for marker in done.values())
+    actor = ray.remote(max_restarts=5, max_task_retries=5)(QueryEncoder)
+    pool = actor.options(num_cpus=0.5, num_gpus=1 if config.use_gpu else 0)
+    encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
     pipeline = PartPipeline(run, GallerySearch(Gallery(run.store), config.num_shards), encoders)
     started, last, answered = time.perf_counter(), 0.0, 0
     for marker in _completed(pipeline, checked, todo, len(encoders) + 2):

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from cir_core import files
 from cir_core.benchmarks import QuerySlice, read_query_slice
+from cir_core.benchmarks.custom import is_picture
 from cir_core.evaluation import load_ranking
 from cir_core.reporting.contact_sheet import SheetColumn, SheetResult, SheetRow, image_ids_of, write_contact_sheet
 from cir_core.schema import CirError, Query, Ranking
 from cir_core.shards import Sample, list_shards, read_shard
 from jobs import tracking
-from jobs.catalogue import CatalogueRun, is_picture, label
+from jobs.catalogue import CatalogueRun, label
 from jobs.config import public
 from jobs.decoding import fetch
 from jobs.session import say
@@ -60,7 +61,7 @@ def write_sheet(config: BatchRetrieveConfig, run: CatalogueRun, parts: Sequence[
         say(f"the contact sheet has {missing} images without a picture; {way_out}")
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
+@ray.remote(num_cpus=1, max_retries=5)
 def _sheet_rows(run: CatalogueRun, number: int, part: QuerySlice, share: int) -> list[SheetRow]:
     """Return the first answered queries of a part with their results under the first setting."""
     method, alpha = run.settings[0]

@@ -75,6 +75,15 @@ def metrics_up_to(k: int) -> tuple[str, ...]:
     return (first, *(name for name in told if name != first))
 
 
+def is_picture(reference: str) -> bool:
+    """Whether a reference that the gallery does not hold names a picture: a URI or an absolute path.
+
+    >>> is_picture("https://shop/1.jpg"), is_picture("/pictures/1.jpg"), is_picture("pictures/1.jpg")
+    (True, True, False)
+    """
+    return "://" in reference or reference.startswith("/")
+
+
 def check_answerable(query: Query, *, reference_removed: bool) -> None:
     """Raise CirError, naming the query, for one that no gallery can answer, or whose targets none can hold."""
     where = f"query {query.query_id!r}"
