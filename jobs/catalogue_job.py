@@ -31,7 +31,11 @@ from jobs.storage import RunFolder, absolute, check_writable
 if TYPE_CHECKING:
     from jobs.batch_retrieve import BatchRetrieveConfig
 
-DEFAULT_SETTING: Setting = ("slerp", 0.8)  # the paper's alpha for CIRCO and FashionIQ
+_FOR_BENCHMARKS = (  # settings of the other benchmarks; the store decides the preprocessing
+    "root", "split", "select_split", "num_queries", "gallery_ids", "gallery_alpha", "gallery_captions", "missing_images",
+    "preprocessing_mode",
+)  # fmt: skip
+DEFAULT_SETTING = ("slerp", 0.8)  # the paper's alpha for CIRCO and FashionIQ
 _READERS = 16  # small files that are read at once
 
 
@@ -84,6 +88,9 @@ def _inputs(config: BatchRetrieveConfig) -> tuple[list[str], EmbeddingStore, boo
     for name, value in (("queries", config.queries), ("gallery", config.gallery)):
         if not value:
             raise CirError(f"--{name} is needed with --benchmark custom; --help says what it is")
+    for name in _FOR_BENCHMARKS:
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise CirError(f"--{name} does nothing with --benchmark custom; leave it out")
     for option in config.protocol:
         if option != "reference":
             raise CirError(f"protocol: unknown option {option!r}; {near_matches(option, ['reference'])}")
@@ -152,12 +159,15 @@ def check_encoder(store: EmbeddingStore, info: ModelInfo) -> None:
 
 
 def _settings(config: BatchRetrieveConfig) -> tuple[Setting, ...]:
-    """Return the methods and alphas to report: a sweep is for benchmarks, so it has to be asked for."""
-    fields = type(config).model_fields
-    if config.methods == fields["methods"].default and config.alphas == fields["alphas"].default:
-        say(f"no --methods and --alphas given: {label(*DEFAULT_SETTING)} alone")
-        return (DEFAULT_SETTING,)
-    return tuple(settings_of(config.methods, config.alphas))
+    """Return the methods and alphas to report: a sweep is for benchmarks, so here it has to be asked for."""
+    given = {name for name in ("methods", "alphas") if getattr(config, name) != type(config).model_fields[name].default}
+    method, alpha = DEFAULT_SETTING
+    alpha = alpha if config.alpha is None else config.alpha
+    methods = config.methods if "methods" in given else [method]
+    alphas = config.sweep if "alphas" in given else [alpha]
+    if not given and config.alpha is None:
+        say(f"no --methods, --alphas or --alpha given: {label(*DEFAULT_SETTING)} alone")
+    return tuple(settings_of(methods, alphas))
 
 
 def _claim(
@@ -247,17 +257,21 @@ def _answer_all(
     encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
     pipeline = PartPipeline(run, GallerySearch(Gallery(run.store), config.num_shards), encoders)
     started, last, answered = time.perf_counter(), 0.0, 0
-    for marker in _completed(pipeline, checked, todo, len(encoders) + 2):
-        answered += marker["num_queries"]
-        rejects += marker["num_rejects"]
-        _limit_rejects(config, run, rejects)
-        elapsed = time.perf_counter() - started
-        if elapsed - last > 5 or answered == total:
-            last = elapsed
-            say(
-                f"answered {answered}/{total} queries ({100 * answered / total:.0f} %)  {answered / elapsed:.0f} queries/s  "
-                f"{rejects} rejects  ETA {elapsed / answered * (total - answered):.0f} s"
-            )
+    try:
+        for marker in _completed(pipeline, checked, todo, len(encoders) + 2):
+            answered += marker["num_queries"]
+            rejects += marker["num_rejects"]
+            _limit_rejects(config, run, rejects)
+            elapsed = time.perf_counter() - started
+            if elapsed - last > 5 or answered == total:
+                last = elapsed
+                say(
+                    f"answered {answered}/{total} queries ({100 * answered / total:.0f} %)  {answered / elapsed:.0f} queries/s  "
+                    f"{rejects} rejects  ETA {elapsed / answered * (total - answered):.0f} s"
+                )
+    finally:
+        for encoder in encoders:
+            ray.kill(encoder)  # their CPUs and GPUs are free at once, also after an error
     return answered / max(time.perf_counter() - started, 1e-9)
 
 
@@ -300,7 +314,7 @@ def _commit(
     ):
         raise RuntimeError(f"{checked.counts.num_queries} queries in, {sums}: nothing is committed")
     before = folder.result()
-    if before is not None:
+    if before is not None and sums.items() <= before.items():  # the same parts, so the same result
         return before
     scores = {
         label(*key): {

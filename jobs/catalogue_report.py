@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,30 +49,44 @@ def some_rejects(folder: str, limit: int = 5) -> list[str]:
 def write_sheet(config: BatchRetrieveConfig, run: CatalogueRun, parts: Sequence[QuerySlice], folder: RunFolder) -> None:
     """Write the contact sheet: the first queries of parts that are spread evenly over all."""
     chosen = np.unique(np.linspace(0, len(parts) - 1, min(config.contact_sheet_rows, len(parts))).round().astype(int))
-    share = -(-config.contact_sheet_rows // len(chosen))
-    found = ray.get([_sheet_rows.remote(run, int(number), parts[number], share) for number in chosen])
-    rows = [row for part in found for row in part][: config.contact_sheet_rows]
-    if not rows:
-        say("no contact sheet: the chosen queries were all rejected")
-        return
     images = absolute(config.gallery_images) if config.gallery_images else ""
-    missing = ray.get(_make_sheet.remote(run, rows, images, folder.path(_SHEET)))
-    if missing:
+    picked = {int(number): parts[number] for number in chosen}
+    missing = ray.get(_make_sheet.remote(run, picked, config.contact_sheet_rows, images, folder.path(_SHEET)))
+    if missing is None:
+        say("no contact sheet: the chosen queries were all rejected")
+    elif missing:
         way_out = "they are not in --gallery_images" if images else "--gallery_images shows them: the store's own input"
         say(f"the contact sheet has {missing} images without a picture; {way_out}")
 
 
 @ray.remote(num_cpus=1, max_retries=5)
+def _make_sheet(
+    run: CatalogueRun, picked: dict[int, QuerySlice], num_rows: int, gallery_images: str, uri: str
+) -> int | None:
+    """Find rows and pictures and write the page; return how many images have no picture, None if there is no row."""
+    share = -(-num_rows // len(picked))
+    rows = [row for number, part in picked.items() for row in _sheet_rows(run, number, part, share)][:num_rows]
+    if not rows:
+        return None
+    wanted = set(image_ids_of(rows))
+    pictures: dict[str, bytes | None] = dict.fromkeys(wanted)
+    pictures |= _gallery_pictures(gallery_images, wanted) if gallery_images else {}
+    for name in (one for one in wanted if pictures[one] is None and is_picture(one)):
+        with suppress(Exception):  # a gallery id that looks like a path: shown by its name
+            pictures[name] = fetch(name)
+    write_contact_sheet(uri, f"custom: {label(*run.settings[0])}", rows, pictures, protocol=run.made)
+    return sum(data is None for data in pictures.values())
+
+
 def _sheet_rows(run: CatalogueRun, number: int, part: QuerySlice, share: int) -> list[SheetRow]:
     """Return the first answered queries of a part with their results under the first setting."""
     method, alpha = run.settings[0]
     ranking = load_ranking(files.join(run.folder, "results", method, f"part-{number:05d}.parquet")).get(alpha)
-    queries = {query.query_id: query for query in read_query_slice(part)}
     if ranking is None:  # no query of the part was answered
         return []
-    return [
-        _sheet_row(ranking, row, queries[ranking.query_ids[row]]) for row in range(min(share, len(ranking.query_ids)))
-    ]
+    queries = {query.query_id: query for query in read_query_slice(part)}
+    names = ranking.query_ids[:share]
+    return [_sheet_row(ranking, row, queries[name]) for row, name in enumerate(names)]
 
 
 def _sheet_row(ranking: Ranking, row: int, query: Query) -> SheetRow:
@@ -82,22 +97,6 @@ def _sheet_row(ranking: Ranking, row: int, query: Query) -> SheetRow:
     name = label(str(ranking.protocol["method"]), ranking.protocol["alpha"])  # type: ignore[arg-type] # float or None
     column = SheetColumn(name, tuple(SheetResult(*place) for place in places), first, len(ids))
     return SheetRow(query.query_id, query.reference_id, query.relative_caption, query.target_ids, (column,))
-
-
-@ray.remote(num_cpus=1, max_retries=5)
-def _make_sheet(run: CatalogueRun, rows: list[SheetRow], gallery_images: str, uri: str) -> int:
-    """Find the pictures and write the page; return how many images have none."""
-    wanted = set(image_ids_of(rows))
-    pictures: dict[str, bytes | None] = dict.fromkeys(wanted)
-    pictures |= _gallery_pictures(gallery_images, wanted) if gallery_images else {}
-    for name in (one for one in wanted if pictures[one] is None and is_picture(one)):
-        try:
-            pictures[name] = fetch(name)
-        except Exception:  # a gallery id that looks like a path, or a rejected query's picture: shown by its name
-            pictures[name] = None
-    title = f"custom: {label(*run.settings[0])}"
-    write_contact_sheet(uri, title, rows, pictures, protocol=run.made)
-    return sum(data is None for data in pictures.values())
 
 
 def _gallery_pictures(uri: str, wanted: set[str]) -> dict[str, bytes | None]:

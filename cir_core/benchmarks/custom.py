@@ -1,6 +1,6 @@
 """People's own queries against any gallery: a queries file with or without targets, searched in an embedding store.
 
-    <file>.jsonl | <file>.parquet, or <root>/<split>.jsonl | .parquet, or <root>/queries.jsonl | .parquet
+    <file>.jsonl | <file>.parquet, or <root>/<split>.jsonl | .parquet, or <root>/queries.jsonl | .parquet, or <root>/*
 
 How a saved ranking of them is scored again, on any machine:
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from cir_core import files
 from cir_core.benchmarks.annotations import explicit_gallery
 from cir_core.benchmarks.base import Benchmark
-from cir_core.benchmarks.query_files import SUFFIXES, QueryCounts, read_queries
+from cir_core.benchmarks.query_files import SUFFIXES, QueryCounts, list_query_files, read_queries
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.schema import CirError, Query
 
@@ -33,7 +33,8 @@ def load_custom(
 ) -> Benchmark:
     """Load queries and the ids they are searched in.
 
-    root: a queries file, or a folder that holds <split>.jsonl, <split>.parquet, queries.jsonl or queries.parquet.
+    root: a queries file, or several: a glob, or a folder. Of a folder with <split>.jsonl, <split>.parquet, queries.jsonl or
+        queries.parquet that one alone is read, else every queries file in it.
     gallery: URI of the embedding store that is searched; or gallery_ids, in the order that breaks ties.
     reference: "removed" takes a query's reference out of its own ranking, "kept" does not; a reference may be the
         URI of a picture outside the gallery.
@@ -42,19 +43,19 @@ def load_custom(
     """
     if reference not in ("removed", "kept"):
         raise CirError(f"custom: reference must be 'removed' or 'kept', not {reference!r}")
-    uri = _queries_file(root, split)
-    name = files.redact(uri)
-    queries, kinds = read_queries(uri)
+    read = {files.redact(uri): read_queries(uri) for uri in _queries_files(root, split)}
+    queries = tuple(query for found, _ in read.values() for query in found)
+    kinds = {name: kind for _, found in read.values() for name, kind in found.items()}
     if not queries:
-        raise CirError(f"{name}: holds no queries")
-    counts = QueryCounts.of(queries, name)
+        raise CirError(f"{', '.join(read)}: holds no queries")
+    counts = QueryCounts.total(QueryCounts.of(found, name) for name, (found, _) in read.items())
     ids, searched = _gallery(gallery_ids, gallery)
     return Benchmark(
         name="custom",
         split=split,
         queries=queries,
         gallery_ids=ids,
-        protocol={"queries": name, **searched, "gallery_size": len(ids), "reference": reference},
+        protocol={"queries": " ".join(read), **searched, "gallery_size": len(ids), "reference": reference},
         metrics=METRICS,
         headline=HEADLINE,
         query_kinds=kinds,
@@ -95,17 +96,14 @@ def check_answerable(query: Query, *, reference_removed: bool) -> None:
         raise CirError(f"{where}: a target is not in the query's own gallery (subset_ids)")
 
 
-def _queries_file(root: str, split: str) -> str:
-    if not files.is_folder(root):
-        return root
-    for stem in (split, "queries"):
+def _queries_files(root: str, split: str) -> list[str]:
+    for stem in (split, "queries") if files.is_folder(root) else ():
         found = [uri for suffix in SUFFIXES if files.exists(uri := files.join(root, stem + suffix))]
         if len(found) > 1:
             raise CirError(f"{files.redact(root)}: holds {stem}.jsonl and {stem}.parquet; name the one that is meant")
         if found:
-            return found[0]
-    wanted = ", ".join(stem + suffix for stem in (split, "queries") for suffix in SUFFIXES)
-    raise CirError(f"{files.redact(root)}: holds none of {wanted}; give the queries file itself, or another split")
+            return found
+    return list_query_files(root)
 
 
 def _gallery(gallery_ids: Sequence[str] | None, gallery: str) -> tuple[tuple[str, ...], dict[str, object]]:

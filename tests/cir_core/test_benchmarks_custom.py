@@ -243,6 +243,12 @@ def test_the_loader_reads_files_and_folders(tmp_path):
         assert benchmark.protocol["gallery"] == "explicit"
     write_table(tmp_path / "queries.parquet", [row()])
     assert not load_benchmark("custom", str(tmp_path), "val", gallery_ids=GALLERY).has_targets
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more" / "b.jsonl", [row(1, kind="k")])
+    write_table(tmp_path / "more" / "a.parquet", [row()])
+    benchmark = load_benchmark("custom", str(tmp_path / "more"), gallery_ids=GALLERY)
+    assert [query.query_id for query in benchmark.queries] == ["q0", "q1"]
+    assert benchmark.query_kinds == {"q1": "k"}
     own = write_jsonl(tmp_path / "own.jsonl", [row(0, subset_ids=["b", "c"])])
     assert load_benchmark("custom", own, gallery_ids=GALLERY).own_galleries
 
@@ -268,7 +274,7 @@ def test_the_loader_names_what_is_wrong(tmp_path, rows, options, message):
 
 
 def test_a_folder_that_does_not_say_which_file_is_meant(tmp_path):
-    with pytest.raises(CirError, match=r"holds none of val\.jsonl, val\.parquet, queries\.jsonl"):
+    with pytest.raises(CirError, match=r"no \*\.jsonl or \*\.parquet file in this folder"):
         load_benchmark("custom", str(tmp_path), gallery_ids=GALLERY)
     write_jsonl(tmp_path / "val.jsonl", [row()])
     write_table(tmp_path / "val.parquet", [row()])

@@ -85,7 +85,7 @@ def lists(servers, name, method="slerp"):
     return found
 
 
-def plain_search(shop, model_dir, queries, alpha, *, removed=True):
+def plain_search(shop, model_dir, queries, alpha, *, removed=True, k=60):
     """Encode and search in this process, all at once."""
     encoder = load_encoder(f"local-dir:{model_dir}", device="cpu")
     store = EmbeddingStore.open(str(shop / "store"))
@@ -103,9 +103,9 @@ def plain_search(shop, model_dir, queries, alpha, *, removed=True):
     weights = {0: query_weights("slerp", image, text, alpha)}
     exclude = [index.get(query.reference_id, -1) if removed else -1 for query in queries]
     gallery = np.concatenate([block.embeddings for block in store.iter_blocks()])
-    top = weighted_top_k(image, text, gallery, weights, 60, exclude)[0]
+    top = weighted_top_k(image, text, gallery, weights, k, exclude)[0]
     return {
-        query.query_id: [(ids[row], float(score)) for row, score in zip(rows, scores, strict=True)]
+        query.query_id: [(ids[row], float(score)) for row, score in zip(rows, scores, strict=True) if row >= 0]
         for query, rows, scores in zip(queries, top.indices.tolist(), top.scores.tolist(), strict=True)
     }
 
@@ -117,20 +117,28 @@ def assert_same_lists(found, expected):
         assert [s for _, s in found[query_id]] == pytest.approx([s for _, s in results], abs=1e-6)
 
 
-def test_the_lists_are_those_of_a_plain_search(servers, shop, tiny_model_dir):
+PARTS = ("--num_shards", "3", "--queries_per_part", "7")
+
+
+@pytest.fixture(scope="module")
+def many(servers, shop):
+    """A run of six parts."""
+    done = answer(servers, shop, shop / "queries.parquet", "many", *PARTS, "--gallery_images", str(shop / "pairs"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return servers.storage / "batch_retrieve" / "many"
+
+
+def test_the_lists_are_those_of_a_plain_search(servers, shop, many, tiny_model_dir):
     queries, _ = read_queries(str(shop / "queries.jsonl"))
     expected = plain_search(shop, tiny_model_dir, queries, 0.8)
     one = answer(servers, shop, shop / "queries.jsonl", "one", "--num_shards", "1", "--queries_per_part", "100")
     assert one.returncode == 0, one.stderr[-3000:]
     assert "slerp@0.8 alone" in one.stdout
-    many = answer(servers, shop, shop / "queries.parquet", "many", "--num_shards", "3", "--queries_per_part", "7",
-                  "--gallery_images", str(shop / "pairs"))  # fmt: skip
-    assert many.returncode == 0, many.stderr[-3000:]
     for name in ("one", "many"):
         ((alpha, found),) = lists(servers, name).items()
         assert alpha == 0.8
         assert_same_lists(found, expected)
-    folder = servers.storage / "batch_retrieve" / "many"
+    folder = many
     assert len(list((folder / "results" / "slerp").iterdir())) == 6
     result = json.loads((folder / "result.json").read_text())
     assert (result["num_queries"], result["num_answered"], result["num_rejects"]) == (NUM_QUERIES, NUM_QUERIES, 0)
@@ -150,17 +158,15 @@ def test_the_lists_are_those_of_a_plain_search(servers, shop, tiny_model_dir):
     assert sheet.count('unreadable"') == 0
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(servers, shop):
-    whole = answer(servers, shop, shop / "queries.jsonl", "whole", "--queries_per_part", "2")
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    given = arguments(shop, shop / "queries.jsonl", "cut", "--queries_per_part", "2")
+def test_a_killed_run_goes_on_and_ends_the_same(servers, shop, many):
+    given = arguments(shop, shop / "queries.parquet", "cut", *PARTS)
     folder = servers.storage / "batch_retrieve" / "cut"
     process = subprocess.Popen(
         servers.command("batch_retrieve", *given), env=servers.environment(), cwd=servers.storage,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
-    while len(list(folder.glob("_progress/part-*.json"))) < 2:
+    while not list(folder.glob("_progress/part-*.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -170,19 +176,19 @@ def test_a_killed_run_goes_on_and_ends_the_same(servers, shop):
     assert not (folder / "result.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("results/slerp/*.parquet")
               if (folder / "_progress" / f"{path.stem}.json").exists()}  # fmt: skip
-    assert 2 <= len(before) < 20
-    done = answer(servers, shop, shop / "queries.jsonl", "cut", "--queries_per_part", "2")
+    assert 1 <= len(before) < 6
+    done = answer(servers, shop, shop / "queries.parquet", "cut", *PARTS)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{len(before)} of 20 parts are finished, going on with the rest" in done.stdout
+    assert f"{len(before)} of 6 parts are finished, going on with the rest" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for kind in ("results/slerp", "rejects", "per_query", "_progress"):
         pairs = [
             {p.name: p.read_bytes() for p in (servers.storage / "batch_retrieve" / name / kind).iterdir()}
-            for name in ("whole", "cut")
+            for name in ("many", "cut")
         ]
         assert pairs[0] == pairs[1]
     results = [
-        json.loads((servers.storage / "batch_retrieve" / name / "result.json").read_text()) for name in ("whole", "cut")
+        json.loads((servers.storage / "batch_retrieve" / name / "result.json").read_text()) for name in ("many", "cut")
     ]
     assert {**results[0], "name": ""} == {**results[1], "name": ""}
 
@@ -195,8 +201,9 @@ def test_a_picture_that_cannot_be_used(servers, shop, tiny_model_dir, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     rows[3]["reference"] = f"file://{tmp_path}/broken.jpg"
     queries = write_jsonl(tmp_path / "queries.jsonl", rows)
-    more = ("--queries_per_part", "3", "--methods", "[slerp, sum]", "--alphas", "[0.5, 0.8]")
-    refused = answer(servers, shop, queries, "refused", *more)
+    more = ("--queries_per_part", "3", "--methods", "[slerp, sum]", "--alphas", "[0.5, 0.8]",
+            "--protocol", '{"reference": "kept"}')  # fmt: skip
+    refused = answer(servers, shop, queries, "some", *more)
     assert refused.returncode == 2
     assert "query 'q2': missing" in refused.stderr or "query 'q3': unreadable" in refused.stderr
     some = answer(servers, shop, queries, "some", *more, "--max_rejects", "2")
@@ -209,31 +216,25 @@ def test_a_picture_that_cannot_be_used(servers, shop, tiny_model_dir, tmp_path):
     assert [(row["key"], row["reason"]) for row in rejects] == [("q2", "missing"), ("q3", "unreadable")]
     kept = [query for query in read_queries(str(queries))[0] if query.query_id not in ("q2", "q3")]
     for alpha in (0.5, 0.8):
-        assert_same_lists(lists(servers, "some")[alpha], plain_search(shop, tiny_model_dir, kept, alpha))
+        assert_same_lists(lists(servers, "some")[alpha], plain_search(shop, tiny_model_dir, kept, alpha, removed=False))
     assert lists(servers, "some", "sum").keys() == {None}
     fewer = answer(servers, shop, queries, "some", *more, "--max_rejects", "1")  # the pictures are as they were
     assert fewer.returncode == 2
     assert "more than the 1 of --max_rejects" in fewer.stderr
 
 
-def test_subsets_and_kept_references(servers, shop, tiny_model_dir, tmp_path):
+def test_a_query_with_subset_ids_ranks_only_those(servers, shop, tiny_model_dir, tmp_path):
     ids = EmbeddingStore.open(str(shop / "store")).read_ids()
-    rows = [
-        {"query_id": f"q{n}", "reference": ids[n], "relative_caption": "red", "subset_ids": ids[n : n + 5]}
-        for n in range(4)
-    ]
+    base = {"relative_caption": "red"}
+    rows = [{"query_id": f"q{n}", "reference": ids[n], "subset_ids": ids[n : n + 100 : 9], **base} for n in range(4)]
     queries = write_jsonl(tmp_path / "queries.jsonl", rows)
-    kept = answer(servers, shop, queries, "kept", "--protocol", '{"reference": "kept"}')
-    removed = answer(servers, shop, queries, "removed")
-    for done, name, left_out in ((kept, "kept", False), (removed, "removed", True)):
-        assert done.returncode == 0, done.stderr[-3000:]
-        whole = plain_search(shop, tiny_model_dir, read_queries(str(queries))[0], 0.8, removed=left_out)
-        for n, row in enumerate(rows):
-            found = [one for one, _ in lists(servers, name)[0.8][f"q{n}"]]
-            assert sorted(found) == sorted(row["subset_ids"][int(left_out) :])
-            assert [one for one, _ in whole[f"q{n}"] if one in found] == [
-                one for one in found if one in dict(whole[f"q{n}"])
-            ]
+    done = answer(servers, shop, queries, "subsets", "--alpha", "0.5")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = plain_search(shop, tiny_model_dir, read_queries(str(queries))[0], 0.5, k=120)
+    for row in rows:
+        members = set(row["subset_ids"]) - {row["reference"]}
+        expected = [pair for pair in whole[row["query_id"]] if pair[0] in members]
+        assert_same_lists({"": lists(servers, "subsets")[0.5][row["query_id"]]}, {"": expected})
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,7 @@ def test_subsets_and_kept_references(servers, shop, tiny_model_dir, tmp_path):
         ([{}], ("--gallery", "/nowhere"), "/nowhere: this embedding store does not exist"),
         ([{}], ("--protocol", '{"referense": "kept"}'), "did you mean 'reference'"),
         ([{}], ("--queries", ""), "--queries is needed"),
+        ([{}], ("--split", "test"), "--split does nothing with --benchmark custom"),
     ],
 )
 def test_mistakes_are_found_before_work_starts(servers, shop, make_tiny_model_dir, tmp_path, rows, more, message):
