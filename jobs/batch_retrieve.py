@@ -6,11 +6,12 @@
     ray job submit -- python jobs/batch_retrieve.py --benchmark cirr --root data/CIRR --split test1 --alpha 0.9  # server's files
     ray job submit -- python jobs/batch_retrieve.py --benchmark fashioniq --root data/fashionIQ_dataset --alpha 0.8 \
         --protocol '{"category": ["dress", "shirt"], "gallery": ["original", "val"]}'   # a list runs each of its values
+    ray job submit -- python jobs/batch_retrieve.py --benchmark custom --queries s3://b/queries/ --gallery s3://b/store
     python jobs/batch_retrieve.py --help                                   # every setting
 
 The gallery's embedding stores are made if absent and reused by identity. alpha is given, or chosen on one split and
 reported on another. Results: <storage_path>/batch_retrieve/<name>/ and MLflow: a parent run with a child per encoder,
-category and method.
+category and method. `custom` answers people's own queries from any store, part by part: see jobs/catalogue.py.
 """
 
 from __future__ import annotations
@@ -69,6 +70,20 @@ class BatchRetrieveConfig(JobConfig):
         "error",
         description="error: a missing or unreadable picture stops the run; skip: it is left out with the queries that "
         "need it, counted and printed with every score.",
+    )
+    queries: str = Field(
+        "",
+        description="With 'custom': queries in JSON Lines or Parquet (query_id, reference = gallery id or picture URI, "
+        "relative_caption, optional target_ids, subset_ids): a file, folder, glob or URI.",
+    )
+    gallery: str = Field("", description="With 'custom': the embedding store that is searched, committed.")
+    queries_per_part: PositiveInt = Field(4096, description="With 'custom': queries of one result file.")
+    max_rejects: int = Field(
+        0, ge=-1, description="With 'custom': queries whose reference picture cannot be used; -1 allows any number."
+    )
+    gallery_images: str = Field(
+        "",
+        description="With 'custom': the shards or image folder the store was made of, for the contact sheet's pictures.",
     )
     model: str = Field("", description="Model; empty: the adapter's base model, or 'scenes-tiny' without an adapter.")
     pretrained: str | None = Field(None, description="Weights tag of a named model, or a .safetensors file.")
@@ -147,6 +162,11 @@ def main() -> None:
     """Read the settings and have a worker check the models while this process imports what retrieval needs."""
     config = parse_config(BatchRetrieveConfig, "batch_retrieve", __doc__.split("\n")[0])
     protocol_options(config.benchmark)  # an unknown benchmark is an error that lists the known ones
+    if config.benchmark == "custom":
+        from jobs.catalogue_job import answer_queries
+
+        answer_queries(config)
+        return
     adapter, source = find_adapter(config)
     if source:
         say(f"adapter of tat_train run {source['name']} ({source['run_id']}): {adapter}")

@@ -1,4 +1,4 @@
-"""Decoding tasks for embedding. Apart, so that the processes that run them start without torch and the models."""
+"""Decoding tasks: of shards' images for embedding, of single pictures for queries. Apart, so that the processes that run them start without torch and the models."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import ray
+import tenacity
 
 from cir_core import files
 from cir_core.benchmarks import Crop
-from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
-from cir_core.schema import Reject
+from cir_core.preprocessing import MAX_BYTES, ImageError, Preprocessing, preprocess_image
+from cir_core.schema import CirError, Reject
 from cir_core.shards import Sample
 
 DECODER_CPUS = 1.0  # decoding takes a core; fewer workers also means fewer imports
@@ -49,3 +50,31 @@ def decode_images(
     size = preprocessing.size
     stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
     return stacked, readable, rejects
+
+
+@ray.remote(num_cpus=DECODER_CPUS, max_retries=5)
+def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarray[Any, Any] | tuple[str, str]]:
+    """Return for each picture uint8[3, H, W], or the reason and detail why it cannot be used."""
+    found: list[np.ndarray[Any, Any] | tuple[str, str]] = []
+    for uri in uris:
+        try:
+            found.append(preprocess_image(fetch(uri), preprocessing))
+        except ImageError as error:
+            found.append((error.reason, f"{files.redact(uri)}: {error.detail}"))
+        except CirError as error:
+            found.append(("missing", str(error)))
+        except Exception as error:  # a host that is gone, or whatever else a file system's client raises
+            found.append(("unreachable", f"{files.redact(uri)}: {type(error).__name__} {error}"))
+    return found
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_not_exception_type(CirError),
+    wait=tenacity.wait_random_exponential(multiplier=0.5, max=10),
+    stop=tenacity.stop_after_attempt(5),
+    reraise=True,
+)
+def fetch(uri: str) -> bytes:
+    """Return a picture's bytes, cut where no picture may be larger; network failures are tried again."""
+    with files.open_stream(uri) as stream:
+        return stream.read(MAX_BYTES + 1)

@@ -16,21 +16,31 @@ from cir_core.benchmarks.base import (
     metric_members,
     metric_parts,
     near_matches,
-    read_queries,
 )
 from cir_core.benchmarks.captions import read_captions
 from cir_core.benchmarks.circo import load_circo
 from cir_core.benchmarks.cirr import load_cirr
+from cir_core.benchmarks.custom import load_custom
 from cir_core.benchmarks.domain_conversion import load_domain_conversion
 from cir_core.benchmarks.fashioniq import load_fashioniq
 from cir_core.benchmarks.genecis import load_genecis
 from cir_core.benchmarks.images import Crop, ImageFiles
+from cir_core.benchmarks.query_files import (
+    QueryCounts,
+    QueryFilePlan,
+    QuerySlice,
+    list_query_files,
+    plan_query_file,
+    read_queries,
+    read_query_slice,
+)
 from cir_core.benchmarks.scenes import load_scenes
 from cir_core.schema import CirError
 
 LOADERS: dict[str, Loader] = {
     "circo": load_circo,
     "cirr": load_cirr,
+    "custom": load_custom,
     "domain_conversion": load_domain_conversion,
     "fashioniq": load_fashioniq,
     "genecis": load_genecis,
@@ -42,13 +52,19 @@ __all__ = [
     "Benchmark",
     "Crop",
     "ImageFiles",
+    "QueryCounts",
+    "QueryFilePlan",
+    "QuerySlice",
+    "list_query_files",
     "load_benchmark",
     "metric_members",
     "metric_parts",
     "near_matches",
+    "plan_query_file",
     "protocol_options",
     "read_captions",
     "read_queries",
+    "read_query_slice",
 ]
 
 

@@ -1,20 +1,15 @@
 """A benchmark: its queries with their right answers, its gallery and its protocol. Checked once, here, for
 all loaders.
-
-Also the reader of the queries file that the scenes benchmark and catalogues share: JSON Lines, one query a
-line.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cir_core import files
 from cir_core.benchmarks.images import Crop, ImageFiles
 from cir_core.files import StoredFile
 from cir_core.schema import CirError, Query
@@ -31,8 +26,6 @@ TieRule = Literal["listed", "against_target"]
 _ONE = rf"(?:{'|'.join(METRIC_NAMES)})@[1-9]\d*"
 _METRIC = re.compile(rf"({'|'.join(METRIC_NAMES)})@([1-9]\d*)")
 _MEAN = re.compile(rf"mean((?:_{_ONE}){{2,}})")
-_REQUIRED = ("query_id", "reference", "relative_caption")
-_LISTS = ("target_ids", "subset_ids")
 
 
 @dataclass(frozen=True)
@@ -252,62 +245,6 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=2)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}known: {', '.join(names) or 'none'}"
-
-
-def read_queries(uri: str) -> tuple[tuple[Query, ...], dict[str, str]]:
-    """Read a queries file; return its queries in file order and the kind of each query that names one.
-
-    A line is a JSON object: query_id, reference, relative_caption (strings), and optionally target_ids,
-    subset_ids (lists of strings) and kind (a string). Blank lines are skipped; an empty relative_caption is
-    allowed. Raises CirError naming the line for anything else: broken JSON, a key missing or unknown, a wrong
-    type.
-    """
-    queries: list[Query] = []
-    kinds: dict[str, str] = {}
-    for number, line in enumerate(files.read_bytes(uri).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{files.redact(uri)}, line {number}"
-        try:
-            row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CirError(f"{where}: not a JSON object ({error})") from None
-        query = _query_from(row, where)
-        queries.append(query)
-        if "kind" in row:
-            kinds[query.query_id] = _text(row, "kind", where)
-    return tuple(queries), kinds
-
-
-def _query_from(row: object, where: str) -> Query:
-    if not isinstance(row, dict):
-        raise CirError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    known = (*_REQUIRED, *_LISTS, "kind")
-    for key in row:
-        if key not in known:
-            raise CirError(f"{where}: unknown key {key!r}; {near_matches(key, known)}")
-    return Query(
-        query_id=_text(row, "query_id", where),
-        reference_id=_text(row, "reference", where),
-        relative_caption=_text(row, "relative_caption", where, may_be_empty=True),
-        target_ids=_names(row, "target_ids", where),
-        subset_ids=_names(row, "subset_ids", where),
-    )
-
-
-def _text(row: dict[str, object], key: str, where: str, *, may_be_empty: bool = False) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not (value or may_be_empty):
-        found = repr(value) if key in row else "no such key"
-        raise CirError(f"{where}: {key} must be a {'' if may_be_empty else 'non-empty '}string, found {found}")
-    return value
-
-
-def _names(row: dict[str, object], key: str, where: str) -> tuple[str, ...]:
-    value = row.get(key, [])
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise CirError(f"{where}: {key} must be a list of non-empty strings, found {value!r}")
-    return tuple(value)
 
 
 def _refuse_duplicates(what: str, names: Iterable[str]) -> None:

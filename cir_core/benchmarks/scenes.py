@@ -13,7 +13,8 @@ from typing import Any
 
 from cir_core import files
 from cir_core.benchmarks.annotations import explicit_gallery
-from cir_core.benchmarks.base import Benchmark, read_queries
+from cir_core.benchmarks.base import Benchmark
+from cir_core.benchmarks.query_files import read_queries
 from cir_core.schema import CirError
 
 VERSIONS = (1,)

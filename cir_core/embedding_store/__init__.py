@@ -12,7 +12,7 @@ in order. The identity of a store is the hash of everything that made it: see `S
 
 from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest
 from cir_core.embedding_store.read import Block, EmbeddingStore
-from cir_core.embedding_store.write import EmbeddingWriter
+from cir_core.embedding_store.write import EmbeddingWriter, hash_ids
 
 __all__ = [
     "Block",
@@ -21,5 +21,6 @@ __all__ = [
     "Manifest",
     "PartInfo",
     "StoreSpec",
+    "hash_ids",
     "listing_digest",
 ]

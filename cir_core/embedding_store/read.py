@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -106,9 +106,9 @@ class EmbeddingStore:
                     yield Block(offset, batch.column("id"), _matrix(batch.column("embedding")), extra)
                     offset += batch.num_rows
 
-    def iter_ids(self) -> Iterator[tuple[int, pa.Array]]:
-        """Yield (global offset, ids) in row order, without reading embeddings."""
-        for offset, part in self._chosen(None):
+    def iter_ids(self, parts: Sequence[int] | None = None) -> Iterator[tuple[int, pa.Array]]:
+        """Yield (global offset, ids) of all parts, or of the given ones, in row order, without reading embeddings."""
+        for offset, part in self._chosen(parts):
             with files.open_parquet(self._part_uri(part), "part") as file:
                 for batch in file.iter_batches(_ID_BATCH_ROWS, columns=["id"]):
                     yield offset, batch.column("id")
@@ -131,29 +131,45 @@ class EmbeddingStore:
             found[chosen] = ids.take(pa.array(flat[chosen] - offset)).to_pylist()
         return found.reshape(np.shape(rows))
 
+    def find(
+        self, ids: Sequence[str], parts: Sequence[int] | None = None, *, embeddings: bool = True
+    ) -> tuple[list[str], npt.NDArray[np.int64], Embeddings]:
+        """Look ids up in all parts, or in the given ones: those that are there, in row order.
+
+        Returns n ids, their global row numbers int64[n] and their embeddings [n, D] (without `embeddings`: [0, D]).
+        Reads embeddings only of the row groups that hold one.
+        """
+        wanted = pa.array(list(dict.fromkeys(ids)), pa.string())
+        names: list[str] = []
+        rows: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        vectors: list[Embeddings] = [np.empty((0, self.manifest.spec.dim), self.manifest.spec.dtype)]
+        for offset, part in self._chosen(parts):
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                for group in range(file.num_row_groups):
+                    held = file.read_row_group(group, columns=["id"]).column("id").combine_chunks()
+                    here = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
+                    if here.size:
+                        names += held.take(pa.array(here)).to_pylist()
+                        rows.append(offset + here)
+                    if here.size and embeddings:
+                        vectors.append(
+                            _matrix(file.read_row_group(group, columns=["embedding"]).column("embedding"))[here]
+                        )
+                    offset += len(held)
+        return names, np.concatenate(rows), cast(Embeddings, np.concatenate(vectors))
+
     def take(self, ids: Sequence[str]) -> Embeddings:
         """Return the embeddings [len(ids), D] of the given ids; reads only the row groups that hold one.
 
         Raises CirError naming the ids that the store does not hold.
         """
-        wanted = pa.array(list(dict.fromkeys(ids)), pa.string())
-        places = {one: place for place, one in enumerate(wanted.to_pylist())}
-        found = np.zeros((len(wanted), self.manifest.spec.dim), dtype=self.manifest.spec.dtype)
-        missing = set(places)
-        for _, part in self._chosen(None):
-            with files.open_parquet(self._part_uri(part), "part") as file:
-                for group in range(file.num_row_groups):
-                    held = file.read_row_group(group, columns=["id"]).column("id").combine_chunks()
-                    rows = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
-                    if rows.size:
-                        column = file.read_row_group(group, columns=["embedding"]).column("embedding")
-                        names = held.take(pa.array(rows)).to_pylist()
-                        found[[places[one] for one in names]] = _matrix(column.combine_chunks())[rows]
-                        missing -= set(names)
+        names, _, vectors = self.find(ids)
+        places = {one: place for place, one in enumerate(names)}
+        missing = sorted({one for one in ids if one not in places})
         if missing:
-            shown = ", ".join(repr(one) for one in sorted(missing)[:5])
+            shown = ", ".join(map(repr, missing[:5]))
             raise CirError(f"{files.redact(self.uri)}: {len(missing)} ids are not in the store, such as {shown}")
-        return found[[places[one] for one in ids]]
+        return vectors[[places[one] for one in ids]]
 
     def verify(self) -> list[str]:
         """Read every file and return what is wrong in words; an empty list means the store is sound."""

@@ -210,19 +210,20 @@ def _check_parts(name: str, parts: list[PartInfo], finished: Mapping[int, PartIn
 
 
 def _check_unique(store: EmbeddingStore) -> None:
-    hashes = [_hash_ids(ids) for _, ids in store.iter_ids()]
+    hashes = [hash_ids(ids) for _, ids in store.iter_ids()]
     everything = np.sort(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
     suspects = np.unique(everything[1:][everything[1:] == everything[:-1]])
     if not suspects.size:
         return
     seen: set[str] = set()  # equal hashes may be a coincidence: compare these few ids themselves
     for _, ids in store.iter_ids():
-        for one in ids.filter(pa.array(np.isin(_hash_ids(ids), suspects))).to_pylist():
+        for one in ids.filter(pa.array(np.isin(hash_ids(ids), suspects))).to_pylist():
             if one in seen:
                 raise CirError(f"{files.redact(store.uri)}: the id {one!r} occurs in two parts; ids must be unique")
             seen.add(one)
 
 
-def _hash_ids(ids: pa.Array) -> npt.NDArray[np.uint64]:
+def hash_ids(ids: pa.Array) -> npt.NDArray[np.uint64]:
+    """Return a 64-bit hash of each id, the same in every process. Equal hashes may be a coincidence."""
     hashed: npt.NDArray[np.uint64] = pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
     return hashed

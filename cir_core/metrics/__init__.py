@@ -3,6 +3,7 @@
 from cir_core.metrics.bootstrap import (
     Interval,
     PairedComparison,
+    bootstrap_counts,
     bootstrap_group_mean,
     bootstrap_interval,
     paired_bootstrap,
@@ -25,6 +26,7 @@ __all__ = [
     "Interval",
     "PairedComparison",
     "average_precision_at_k",
+    "bootstrap_counts",
     "bootstrap_group_mean",
     "bootstrap_interval",
     "first_hit_rank",

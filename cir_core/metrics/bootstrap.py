@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,23 @@ def bootstrap_interval(
     means = _resampled_means(values, confidence=confidence, num_resamples=num_resamples, seed=seed)
     low, high = _percentiles(means, confidence)
     return Interval(float(values.mean()), low, high)
+
+
+def bootstrap_counts(
+    counts: Mapping[float, int], *, confidence: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return what `bootstrap_interval` returns for values that were only counted: {value: number of queries}.
+
+    So the values of many queries need not be gathered in one place: counts of parts add up.
+
+    >>> bootstrap_counts({1.0: 30, 0.0: 70})
+    Interval(mean=0.3, low=0.21, high=0.39)
+    """
+    values = sorted(value for value, number in counts.items() if number)
+    distinct, numbers = _checked_values(values, "counts"), np.array([counts[value] for value in values])
+    means = _resampled_counts(distinct, numbers, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    low, high = _percentiles(means, confidence)
+    return Interval(math.fsum(distinct * numbers) / int(numbers.sum()), low, high)
 
 
 def paired_bootstrap(
@@ -137,7 +155,15 @@ def bootstrap_group_mean(
 
 
 def _resampled_means(values: Floats, *, confidence: float, num_resamples: int, seed: int) -> Floats:
-    """Means of query sets drawn with replacement.
+    """Means of query sets drawn with replacement."""
+    distinct, counts = np.unique(values, return_counts=True)
+    return _resampled_counts(distinct, counts, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def _resampled_counts(
+    distinct: Floats, counts: npt.NDArray[np.int64], *, confidence: float, num_resamples: int, seed: int
+) -> Floats:
+    """Means of query sets drawn with replacement, from how often each distinct value occurs.
 
     Drawing Q queries and counting how often each distinct value came up is one multinomial draw, so a metric
     with few distinct values (recall has two) costs two numbers a resample, whatever Q is. The distribution is
@@ -147,14 +173,14 @@ def _resampled_means(values: Floats, *, confidence: float, num_resamples: int, s
         raise CirError(f"confidence must lie between 0 and 1, not {confidence}")
     if num_resamples < 100:
         raise CirError(f"num_resamples must be at least 100, not {num_resamples}")
-    distinct, counts = np.unique(values, return_counts=True)
+    total = int(counts.sum())
     rng = np.random.default_rng(seed)
     rows = max(1, _CELLS_AT_ONCE // distinct.size)
     parts = [
-        rng.multinomial(values.size, counts / values.size, size=min(rows, num_resamples - start)) @ distinct
+        rng.multinomial(total, counts / total, size=min(rows, num_resamples - start)) @ distinct
         for start in range(0, num_resamples, rows)
     ]
-    return np.concatenate(parts) / values.size
+    return np.concatenate(parts) / total
 
 
 def _percentiles(means: Floats, confidence: float) -> tuple[float, float]:

@@ -62,14 +62,15 @@ class SheetRow:
 @dataclass(frozen=True, slots=True)
 class _Picture:
     image_id: str
-    uri: str  # data URI; "" where the bytes could not be decoded
+    uri: str  # data URI; "" where there is none
+    known: bool = True  # whether there were bytes, if only bytes that could not be decoded
 
 
 @dataclass
 class _Album:
     """Thumbnails by image id, made once each."""
 
-    images: Mapping[str, bytes]
+    images: Mapping[str, bytes | None]
     thumbnail_px: int
     pictures: dict[str, _Picture] = field(default_factory=dict)
 
@@ -77,13 +78,14 @@ class _Album:
         if image_id not in self.pictures:
             if image_id not in self.images:
                 raise CirError(f"contact sheet: no picture of {image_id!r}; pass the bytes of image_ids_of(rows)")
-            uri = _data_uri(self.images[image_id], self.thumbnail_px)
-            self.pictures[image_id] = _Picture(image_id, uri)
+            data = self.images[image_id]
+            uri = _data_uri(data, self.thumbnail_px) if data is not None else ""
+            self.pictures[image_id] = _Picture(image_id, uri, known=data is not None)
         return self.pictures[image_id]
 
     @property
     def unreadable(self) -> list[str]:
-        return sorted(picture.image_id for picture in self.pictures.values() if not picture.uri)
+        return sorted(picture.image_id for picture in self.pictures.values() if picture.known and not picture.uri)
 
 
 def contact_sheet_rows(
@@ -144,7 +146,7 @@ def write_contact_sheet(
     path: str,
     title: str,
     rows: Sequence[SheetRow],
-    images: Mapping[str, bytes],
+    images: Mapping[str, bytes | None],
     *,
     note: str = "",
     protocol: Mapping[str, object] | None = None,
@@ -154,7 +156,7 @@ def write_contact_sheet(
 
     images: encoded bytes by image id, at least those of `image_ids_of(rows)`. One that cannot be decoded is
     shown as an empty frame that says so, and counted at the head of the page; one that is missing is a
-    CirError naming it.
+    CirError naming it. None instead of bytes shows a frame with the id.
     note: a line under the title. protocol: names and values listed at the foot. All text is escaped.
     thumbnail_px: longest side of a picture, 16 to 512. 40 rows of 10 results take about 1.5 MB at the
     default.

@@ -14,18 +14,18 @@ _SUFFIXES = (".tar", ".parquet")
 _MAX_RANGE = 10_000_000
 
 
-def list_shards(uri: str | Sequence[str]) -> list[str]:
+def list_shards(uri: str | Sequence[str], *, suffixes: Sequence[str] = _SUFFIXES) -> list[str]:
     """Return the URIs of shards, each once; what is given first comes first.
 
     uri: a .tar or .parquet file; a folder (all of them in it, sorted by name, subfolders left out); a glob
     with `*`, `?` or `[...]`, none of which matches "/"; a range as in `{00000..00099}.tar`, both ends
-    included. Or a list of these. Raises CirError if any of them finds nothing, or if a shard of a range is
-    missing.
+    included. Or a list of these. suffixes: what the names end in, for other files than shards. Raises CirError
+    if any of them finds nothing, or if a shard of a range is missing.
     """
     given = [uri] if isinstance(uri, str) else list(uri)
     if not given:
         raise CirError("no shards given; expected files, folders, globs or ranges such as {00000..00099}.tar")
-    found = [shard for one in given for shard in _expand(one)]
+    found = [shard for one in given for shard in _expand(one, tuple(suffixes))]
     return list(dict.fromkeys(found))
 
 
@@ -43,20 +43,20 @@ def shard_versions(shards: Sequence[str]) -> list[tuple[str, int, int]]:
     return [(shard, *listings[_folder(shard)][name]) for shard, name in zip(shards, names, strict=True)]
 
 
-def _expand(uri: str) -> list[str]:
+def _expand(uri: str, suffixes: tuple[str, ...]) -> list[str]:
     if _RANGE.search(uri):
         return _expand_range(uri)
     if any(mark in files.redact(uri) for mark in "*?[") and not files.exists(uri):
-        return _expand_glob(uri)
+        return _expand_glob(uri, suffixes)
     if files.is_folder(uri):
-        found = [file.uri for file in files.list_files(uri, recursive=False) if file.name.endswith(_SUFFIXES)]
+        found = [file.uri for file in files.list_files(uri, recursive=False) if file.name.endswith(suffixes)]
         if not found:
-            raise CirError(f"{files.redact(uri)}: no *.tar or *.parquet file in this folder")
+            raise CirError(f"{files.redact(uri)}: no {_wanted(suffixes)} file in this folder")
         return found
-    if not files.redact(uri).endswith(_SUFFIXES):
-        raise CirError(f"{files.redact(uri)}: expected a folder or a name that ends in .tar or .parquet")
+    if not files.redact(uri).endswith(suffixes):
+        raise CirError(f"{files.redact(uri)}: expected a folder or a name that ends in {' or '.join(suffixes)}")
     if not files.exists(uri):
-        raise CirError(f"{files.redact(uri)}: no such shard; check the path")
+        raise CirError(f"{files.redact(uri)}: no such file; check the path")
     return [uri]
 
 
@@ -72,6 +72,10 @@ def _expand_range(uri: str) -> list[str]:
         shown = ", ".join(files.redact(name) for name in missing[:3])
         raise CirError(f"{files.redact(uri)}: {len(missing)} of {len(names)} shards are missing: {shown} ...")
     return names
+
+
+def _wanted(suffixes: Sequence[str]) -> str:
+    return " or ".join(f"*{suffix}" for suffix in suffixes)
 
 
 def _first_range(name: str) -> list[str]:
@@ -98,7 +102,7 @@ def _names_in(folder: str) -> set[str]:
     return {file.name for file in files.list_files(folder, recursive=False)}
 
 
-def _expand_glob(uri: str) -> list[str]:
+def _expand_glob(uri: str, suffixes: tuple[str, ...]) -> list[str]:
     query = files.query_of(uri)
     segments = uri[: len(uri) - len(query)].split("/")
     fixed = next(index for index, segment in enumerate(segments) if any(mark in segment for mark in "*?["))
@@ -107,10 +111,10 @@ def _expand_glob(uri: str) -> list[str]:
     found = [
         file.uri
         for file in files.list_files(folder + query, recursive=len(pattern) > 1)
-        if file.name.endswith(_SUFFIXES) and _matches(file.name.split("/"), pattern)
+        if file.name.endswith(suffixes) and _matches(file.name.split("/"), pattern)
     ]
     if not found:
-        raise CirError(f"{files.redact(uri)}: no *.tar or *.parquet file matches")
+        raise CirError(f"{files.redact(uri)}: no {_wanted(suffixes)} file matches")
     return found
 
 

@@ -82,6 +82,12 @@ def test_round_trip(uri):
     chosen = [11, 0, 5, 0]
     assert np.array_equal(store.take([ids[row] for row in chosen]), everything[chosen])
     assert store.take([]).shape == (0, DIM)
+    names, places, vectors = store.find([ids[11], "stranger", ids[3], ids[0], ids[3]])
+    assert (names, places.tolist()) == ([ids[0], ids[3], ids[11]], [0, 3, 11])
+    assert np.array_equal(vectors, everything[places])
+    names, places, vectors = store.find(ids, parts=[2], embeddings=False)
+    assert (names, places.tolist(), vectors.shape) == (ids[5:], list(range(5, 12)), (0, DIM))
+    assert [(offset, found.to_pylist()) for offset, found in store.iter_ids([2])] == [(5, ids[5:])]
     rows = np.array([[11, 0], [5, 0]])
     assert store.ids_at(rows).tolist() == [[ids[row] for row in pair] for pair in rows]
     assert store.verify() == []
@@ -276,7 +282,7 @@ def test_commit_counts_rows_columns_and_ids(tmp_path):
 
 
 def test_equal_hashes_of_different_ids_are_not_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr(write_module, "_hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr(write_module, "hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
     assert write(str(tmp_path)).num_rows == 12
 
 

@@ -19,6 +19,7 @@ from cir_core.reporting import (
     training_curves,
     write_contact_sheet,
 )
+from cir_core.reporting.contact_sheet import SheetColumn, SheetResult, SheetRow
 from cir_core.schema import CirError, Query, Ranking
 
 RESULTS = {"before TAT": {0.0: 0.1, 0.5: 0.4, 1.0: 0.2}, "after TAT": {1.0: 0.3, 0.0: 0.2, 0.5: 0.35}}
@@ -295,3 +296,14 @@ def test_a_page_needs_rows_and_a_sane_size(tmp_path, benchmark, rankings):
     with pytest.raises(CirError, match="between 16 and 512"):
         write_contact_sheet(str(tmp_path / "x.html"), "t", rows, IMAGES, thumbnail_px=4000)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_image_whose_picture_nobody_has_is_shown_by_its_id(tmp_path):
+    results = (SheetResult("no<where>", 0.5, False),)
+    row = SheetRow("q", "here", "red", (), (SheetColumn("slerp", results, 0, 1),))
+    pictures = {"here": picture("red"), "no<where>": None}
+    write_contact_sheet(str(tmp_path / "sheet.html"), "t", [row], pictures)
+    page = (tmp_path / "sheet.html").read_text()
+    assert '<div class="unreadable" title="no&lt;where&gt;">no&lt;where&gt;</div>' in page
+    assert "could not be decoded" not in page
+    assert page.count("<img") == 1

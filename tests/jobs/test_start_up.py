@@ -14,7 +14,8 @@ from jobs.training_data import started
 from jobs.training_worker import MistakesAreFinal
 
 STARTED_OFTEN = "jobs.tat_train jobs.embed jobs.batch_retrieve jobs.decoding jobs.training_data cir_core.encoders"
-DRIVERS = "jobs.training_job jobs.embedding_job jobs.retrieval_job jobs.training_worker"
+STARTED_OFTEN += " jobs.catalogue_checks jobs.catalogue_lookup"
+DRIVERS = "jobs.catalogue_job jobs.training_job jobs.embedding_job jobs.retrieval_job jobs.training_worker"
 
 
 @pytest.mark.parametrize(

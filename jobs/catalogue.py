@@ -1,0 +1,267 @@
+"""Answering a catalogue's queries part by part on Ray: the tasks and the actor; the driver sees only counts.
+
+A part is a slice of a queries file. It is read, its references are looked up in the store, its captions and the pictures
+that lie outside are encoded, every share of the gallery is searched, and one task writes its lists and then its marker:
+
+    results/<method>/part-00000.parquet   result lists of every alpha
+    per_query/part-00000.parquet          ranks of the targets, where the queries have some
+    rejects/part-00000.parquet            queries whose reference picture cannot be used
+    _progress/part-00000.json             counts and scores; a part with one is finished
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from cir_core import files
+from cir_core.benchmarks import QuerySlice
+from cir_core.benchmarks.custom import is_picture
+from cir_core.embedding_store import EmbeddingStore
+from cir_core.encoders import load_encoder
+from cir_core.evaluation import save_ranking, score_part
+from cir_core.schema import REJECT_SCHEMA, CirError, Query, Ranking, Reject
+from cir_core.search import TopK
+from jobs.catalogue_lookup import Found, look_up, read_part
+from jobs.decoding import fetch_images
+from jobs.retrieval import GallerySearch, Setting, Tile
+
+_RANKS = ("rank", "pessimistic_rank")
+Item = TypeVar("Item")
+_FETCHES = 4  # picture tasks in flight per encoder
+_CHUNK = 64  # pictures of one such task: some seconds of decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderChoice:
+    """What `load_encoder` is told, and the size of an image batch."""
+
+    model: str
+    pretrained: str | None
+    adapter: str | None
+    precision: str
+    preprocessing_mode: str
+    use_gpu: bool
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueRun:
+    """What every part needs to know. metrics: of queries with targets, else (). made: what each ranking says of itself."""
+
+    store: str
+    folder: str
+    settings: tuple[Setting, ...]
+    k: int
+    metrics: tuple[str, ...]
+    gallery_size: int
+    reference_removed: bool
+    allow_rejects: bool
+    made: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A part between its encoding and its writing. kept: [Q] whether a query is answered; rejects: why the others are not."""
+
+    queries: tuple[Query, ...]
+    kept: list[bool]
+    rejects: list[Reject]
+    ranked_sizes: list[int]
+    num_truncated: int
+
+
+class QueryEncoder:
+    """An actor that encodes the captions and outside pictures of parts; the model is loaded once, at the first call."""
+
+    def __init__(self, choice: EncoderChoice) -> None:
+        self.choice = choice
+        self._loaded: Any = None
+
+    @property
+    def encoder(self) -> Any:
+        """The loaded model."""
+        if self._loaded is None:
+            one = self.choice
+            device = "cuda" if one.use_gpu else "cpu"
+            self._loaded = load_encoder(
+                one.model, one.pretrained, one.adapter, device, one.precision, preprocessing_mode=one.preprocessing_mode
+            )
+        return self._loaded
+
+    def encode(
+        self, run: CatalogueRun, where: str, queries: tuple[Query, ...], *found: tuple[Found, Found]
+    ) -> tuple[Tile, Prepared]:
+        """Make the tile of a part. where: its file, for rejects. A rejected query keeps its place, with its text as image.
+
+        Raises:
+            CirError: an id that is neither in the store nor a picture; a picture that cannot be used, if none may be.
+        """
+        held, vectors = _merged([references for references, _ in found])
+        members, _ = _merged([members for _, members in found])
+        _check_found(queries, held.keys(), members.keys())
+        captions = [query.relative_caption for query in queries]
+        texts = self.encoder.encode_texts(captions).cpu()
+        outside = [query.reference_id for query in queries if query.reference_id not in held]
+        pictures, faults = self._encode_pictures(list(dict.fromkeys(outside)))
+        rejects = [
+            Reject(where, query.query_id, *faults[query.reference_id])
+            for query in queries
+            if query.reference_id in faults
+        ]
+        if rejects and not run.allow_rejects:
+            first = rejects[0]
+            raise CirError(
+                f"{where}: {len(rejects)} reference pictures of a part cannot be used, first that of query {first.key!r}: "
+                f"{first.reason}, {first.detail}. Repair them, or allow some with --max_rejects"
+            )
+        images = texts.clone()
+        for place, query in enumerate(queries):
+            vector = vectors.get(query.reference_id, pictures.get(query.reference_id))
+            if vector is not None:
+                images[place] = vector
+        exclude = [held.get(query.reference_id, -1) if run.reference_removed else -1 for query in queries]
+        subsets = None
+        sizes = [run.gallery_size - (row >= 0) for row in exclude]
+        if any(query.subset_ids for query in queries):
+            pairs = zip(queries, exclude, strict=True)
+            subsets = [[members[one] for one in query.subset_ids if members[one] != out] for query, out in pairs]
+            sizes = list(map(len, subsets))
+        kept = [query.reference_id not in faults for query in queries]
+        prepared = Prepared(queries, kept, rejects, sizes, self.encoder.count_truncated(captions))
+        return Tile(images, texts, exclude, subsets), prepared
+
+    def _encode_pictures(self, uris: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, str]]]:
+        """Fetch, decode and encode pictures, a bounded number at a time; return embeddings, and reasons and details."""
+        chunks = [uris[start : start + _CHUNK] for start in range(0, len(uris), _CHUNK)]
+        vectors: dict[str, torch.Tensor] = {}
+        faults: dict[str, tuple[str, str]] = {}
+        for names, found in started_ahead(
+            chunks, lambda c: fetch_images.remote(c, self.encoder.preprocessing), _FETCHES
+        ):
+            images = dict(zip(names, found, strict=True))
+            faults |= {uri: image for uri, image in images.items() if isinstance(image, tuple)}
+            usable = [uri for uri in names if uri not in faults]
+            for start in range(0, len(usable), self.choice.batch_size):
+                batch = usable[start : start + self.choice.batch_size]
+                pixels = torch.from_numpy(np.stack([images[uri] for uri in batch]))
+                vectors |= dict(zip(batch, self.encoder.encode_images(pixels).cpu(), strict=True))
+        return vectors, faults
+
+
+def started_ahead(items: Iterable[Item], start: Callable[[Item], Any], limit: int) -> Iterator[tuple[Item, Any]]:
+    """Yield each item with the result of its task, in order, while at most `limit` tasks are started and not yielded."""
+    waiting: deque[tuple[Item, Any]] = deque()
+    for item in items:
+        if len(waiting) == limit:
+            first, ref = waiting.popleft()
+            yield first, ray.get(ref)
+        waiting.append((item, start(item)))
+    for item, ref in waiting:
+        yield item, ray.get(ref)
+
+
+def _merged(parts: Sequence[Found]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """Return {id: row} and {id: embedding}, where there are some, of all shares."""
+    rows = {name: int(row) for part in parts for name, row in zip(part.names, part.rows, strict=True)}
+    vectors = {
+        name: torch.from_numpy(vector.astype(np.float32))
+        for part in parts
+        for name, vector in zip(part.names, part.embeddings, strict=False)
+    }
+    return rows, vectors
+
+
+def _check_found(queries: Sequence[Query], held: Any, members: Any) -> None:
+    """Raise CirError for what the check before work can have missed: the store was replaced, or two hashes agreed."""
+    for query in queries:
+        missing = [one for one in query.subset_ids if one not in members]
+        if query.reference_id not in held and not is_picture(query.reference_id):
+            missing.insert(0, query.reference_id)
+        if missing:
+            raise CirError(f"query {query.query_id!r}: the store does not hold {missing[0]!r}")
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def write_part(run: CatalogueRun, number: int, prepared: Prepared, answers: dict[Setting, TopK]) -> dict[str, Any]:
+    """Write all files of a part, its marker last; return the marker's content."""
+    rows = np.flatnonzero(prepared.kept)
+    queries = [prepared.queries[row] for row in rows]
+    sizes = np.array(prepared.ranked_sizes)[rows]
+    rankings = _rankings(run, queries, rows, answers)
+    name = f"part-{number:05d}"
+    written: dict[str, int] = {}
+    scores: dict[str, Any] = {}
+    tables = []
+    for method in dict.fromkeys(method for method, _ in run.settings):
+        uri = files.join(run.folder, "results", method, f"{name}.parquet")
+        save_ranking({alpha: found for (one, alpha), found in rankings.items() if one == method}, uri)
+        written[method] = files.size_bytes(uri)
+    for (method, alpha), ranking in rankings.items() if run.metrics and queries else ():
+        table, scores[label(method, alpha)] = score_part(ranking, queries, run.metrics, sizes)
+        made = {"method": pa.array([method] * len(queries)), "alpha": pa.array([alpha] * len(queries), pa.float64())}
+        tables.append(pa.table({"query_id": table.column("query_id"), **made, **{c: table.column(c) for c in _RANKS}}))
+    if tables:
+        files.write_parquet(files.join(run.folder, "per_query", f"{name}.parquet"), pa.concat_tables(tables))
+    rejects = pa.Table.from_pylist([asdict(reject) for reject in prepared.rejects], REJECT_SCHEMA)
+    files.write_parquet(files.join(run.folder, "rejects", f"{name}.parquet"), rejects)
+    marker = {
+        "part": number,
+        "num_queries": len(prepared.queries),
+        "num_answered": len(queries),
+        "num_rejects": len(prepared.rejects),
+        "num_truncated": prepared.num_truncated,
+        "size_bytes": written,
+        "scores": scores,
+    }
+    files.write_json(files.join(run.folder, "_progress", f"{name}.json"), marker)
+    return marker
+
+
+def label(method: str, alpha: float | None) -> str:
+    """Return a setting's name, as in 'slerp@0.8'."""
+    return method if alpha is None else f"{method}@{alpha:g}"
+
+
+def _rankings(
+    run: CatalogueRun, queries: list[Query], rows: np.ndarray[Any, Any], answers: dict[Setting, TopK]
+) -> dict[Setting, Ranking]:
+    """Turn gallery indices into ids, in one pass over the store's ids."""
+    indices = np.stack([answers[key].indices.numpy()[rows] for key in run.settings])
+    names = np.full(indices.shape, "", dtype=object)
+    names[indices >= 0] = EmbeddingStore.open(run.store).ids_at(indices[indices >= 0])
+    ids = tuple(query.query_id for query in queries)
+    return {
+        key: Ranking(
+            ids,
+            names[place].astype(np.str_),
+            answers[key].scores.numpy()[rows],
+            {"method": key[0], "alpha": key[1], **run.made},
+        )
+        for place, key in enumerate(run.settings)
+    }
+
+
+class PartPipeline:
+    """Starts parts: everything between a slice and its marker is a chain of tasks; nothing comes to the driver."""
+
+    def __init__(self, run: CatalogueRun, search: GallerySearch, encoders: Sequence[Any]) -> None:
+        self.run, self.search, self.encoders = run, search, encoders
+        self.run_ref = ray.put(run)
+
+    def start(self, number: int, part: QuerySlice) -> Any:
+        """Start a part; return a reference to what its marker holds."""
+        queries = read_part.remote(part)
+        found = [look_up.remote(self.run.store, share, queries) for share in self.search.shares]
+        encoder = self.encoders[number % len(self.encoders)]
+        where = files.redact(part.uri)
+        tile, prepared = encoder.encode.options(num_returns=2).remote(self.run_ref, where, queries, *found)
+        answers = self.search.start(tile, list(self.run.settings), self.run.k)
+        return write_part.remote(self.run_ref, number, prepared, answers)

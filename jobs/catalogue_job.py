@@ -1,0 +1,344 @@
+"""The driver of a catalogue's queries: check everything, answer part by part, commit the counts, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from cir_core import files
+from cir_core.benchmarks import list_query_files, near_matches
+from cir_core.benchmarks.custom import metrics_up_to
+from cir_core.embedding_store import EmbeddingStore
+from cir_core.evaluation import total_scores
+from cir_core.schema import CirError
+from jobs import tracking
+from jobs.catalogue import CatalogueRun, EncoderChoice, PartPipeline, QueryEncoder, label
+from jobs.catalogue_checks import CheckedQueries, check_queries
+from jobs.catalogue_report import publish, results_table, some_rejects, write_sheet
+from jobs.config import flat_parameters, public
+from jobs.decoding import DECODER_CPUS
+from jobs.models import ModelInfo, inspect_model
+from jobs.retrieval import Gallery, GallerySearch, Setting, settings_of
+from jobs.session import check_resources, code_version, connect, say
+from jobs.storage import RunFolder, absolute, check_writable
+
+if TYPE_CHECKING:
+    from jobs.batch_retrieve import BatchRetrieveConfig
+
+_FOR_BENCHMARKS = (  # settings of the other benchmarks; the store decides the preprocessing
+    "root", "split", "select_split", "num_queries", "gallery_ids", "gallery_alpha", "gallery_captions", "missing_images",
+    "preprocessing_mode",
+)  # fmt: skip
+DEFAULT_SETTING = ("slerp", 0.8)  # the paper's alpha for CIRCO and FashionIQ
+_READERS = 16  # small files that are read at once
+
+
+def answer_queries(config: BatchRetrieveConfig) -> None:
+    """Answer the queries of `config.queries` from the store `config.gallery`; finished parts are kept."""
+    tracking_uri = tracking.resolve_uri(config.tracking_uri)
+    tracking.check_server(tracking_uri)
+    check_writable(absolute(config.storage_path), "storage_path")
+    uris, store, removed = _inputs(config)
+    choice = choose_encoder(config, store, tracking_uri)
+    connect()
+    needed = {"CPU": 0.5 * config.num_encoders + DECODER_CPUS}
+    check_resources(needed | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
+    describing = inspect_model.remote(
+        choice.model, choice.pretrained, choice.adapter, preprocessing_mode=choice.preprocessing_mode
+    )
+    checked = check_queries(uris, store, part_rows=config.queries_per_part, reference_removed=removed)
+    info = ray.get(describing)
+    check_encoder(store, info)
+    run, folder = _claim(config, store, checked, info, removed)
+    recorded = folder.path("mlflow.json")
+    tracker = tracking.Tracker.start(
+        tracking_uri,
+        experiment=config.experiment,
+        name=folder.name,
+        parameters=flat_parameters(config) | {"run_folder": folder.uri, "store_identity": store.identity},
+        tags={"job": "batch_retrieve", "code_version": code_version(), "benchmark": "custom"},
+        run_id=files.read_json(recorded)["run_id"] if files.exists(recorded) else None,
+    )
+    files.write_json(recorded, {"run_id": tracker.run_id})
+    counts = checked.counts
+    say(
+        f"run {folder.name}: {counts.num_queries} queries in {len(uris)} files and {len(checked.parts)} parts, "
+        f"{counts.num_empty_captions} with an empty caption; {store.num_rows} gallery images; "
+        f"settings {', '.join(label(*key) for key in run.settings)}\nMLflow: {tracker.page}"
+    )
+    try:
+        speed = _answer_all(config, run, checked, choice)
+        result = _commit(config, folder, run, checked, info)
+        write_sheet(config, run, checked.parts, folder)
+    except BaseException:
+        tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
+        raise
+    tracking.publish(lambda: publish(tracker, folder, run, result, speed))
+    results_table(result, folder, tracker.page)
+
+
+def _inputs(config: BatchRetrieveConfig) -> tuple[list[str], EmbeddingStore, bool]:
+    """Return the queries files, the store, and whether references are removed from their own lists."""
+    for name, value in (("queries", config.queries), ("gallery", config.gallery)):
+        if not value:
+            raise CirError(f"--{name} is needed with --benchmark custom; --help says what it is")
+    for name in _FOR_BENCHMARKS:
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise CirError(f"--{name} does nothing with --benchmark custom; leave it out")
+    for option in config.protocol:
+        if option != "reference":
+            raise CirError(f"protocol: unknown option {option!r}; {near_matches(option, ['reference'])}")
+    reference = config.protocol.get("reference", "removed")
+    if reference not in ("removed", "kept"):
+        raise CirError(f"protocol: reference must be 'removed' or 'kept', not {reference!r}")
+    store = EmbeddingStore.open(absolute(config.gallery))
+    if store.num_rows < 2:
+        raise CirError(f"{public(store.uri)}: holds {store.num_rows} images; a search needs at least two")
+    return list_query_files(absolute(config.queries)), store, reference == "removed"
+
+
+def choose_encoder(config: BatchRetrieveConfig, store: EmbeddingStore, tracking_uri: str) -> EncoderChoice:
+    """Return the encoder that made the store, as far as its manifest and the settings tell; `check_encoder` checks it.
+
+    Raises:
+        CirError: the store was made with an adapter or a weights file that the settings do not name.
+    """
+    spec = store.manifest.spec
+    pretrained = config.pretrained
+    if pretrained is None and not config.model and spec.weights != "own":
+        pretrained = spec.weights
+        if pretrained.startswith("file:"):
+            raise CirError(
+                f"{public(store.uri)}: made with the weights file {pretrained[5:]!r}; give its path with --pretrained"
+            )
+    adapter = None if config.adapter in ("none", "newest") else config.adapter
+    if spec.adapter_digest and config.adapter == "none":
+        raise CirError(f"{public(store.uri)}: made with an adapter; name it with --adapter, 'none' does not fit")
+    if spec.adapter_digest and adapter is None:
+        newest = tracking.latest_finished(tracking_uri, config.experiment, "tat_train")
+        if newest is None:
+            raise CirError(f"{public(store.uri)}: made with an adapter; name its folder with --adapter")
+        adapter = newest["adapter_uri"]
+        say(f"the store was made with an adapter; trying that of the newest tat_train run {newest['name']}: {adapter}")
+    return EncoderChoice(
+        model=config.model or spec.model,
+        pretrained=pretrained,
+        adapter=adapter,
+        precision=config.precision,
+        preprocessing_mode=spec.preprocessing.partition("-")[0],
+        use_gpu=config.use_gpu,
+        batch_size=config.batch_size,
+    )
+
+
+def check_encoder(store: EmbeddingStore, info: ModelInfo) -> None:
+    """Raise CirError, naming the difference, unless this encoder made the store. A model's folder may have moved."""
+    spec, details = store.manifest.spec, info.details
+    here = {
+        "model": details.model,
+        "weights_digest": details.weights_digest,
+        "adapter_digest": details.adapter_digest or "",
+        "preprocessing": details.preprocessing_tag,
+        "dim": details.dim,
+    }
+    if all(name.startswith("local-dir:") for name in (spec.model, details.model)):
+        del here["model"]
+    different = [f"{key}: {getattr(spec, key)!r} in the store, {mine!r} here" for key, mine in here.items()
+                 if getattr(spec, key) != mine]  # fmt: skip
+    if different:
+        raise CirError(
+            f"{public(store.uri)} was made by another encoder ({'; '.join(different)}); choose --model, --pretrained and "
+            "--adapter as the store was made, or embed the gallery with this encoder"
+        )
+
+
+def _settings(config: BatchRetrieveConfig) -> tuple[Setting, ...]:
+    """Return the methods and alphas to report: a sweep is for benchmarks, so here it has to be asked for."""
+    given = {name for name in ("methods", "alphas") if getattr(config, name) != type(config).model_fields[name].default}
+    method, alpha = DEFAULT_SETTING
+    alpha = alpha if config.alpha is None else config.alpha
+    methods = config.methods if "methods" in given else [method]
+    alphas = config.sweep if "alphas" in given else [alpha]
+    if not given and config.alpha is None:
+        say(f"no --methods, --alphas or --alpha given: {label(*DEFAULT_SETTING)} alone")
+    return tuple(settings_of(methods, alphas))
+
+
+def _claim(
+    config: BatchRetrieveConfig, store: EmbeddingStore, checked: CheckedQueries, info: ModelInfo, removed: bool
+) -> tuple[CatalogueRun, RunFolder]:
+    """Take the run's folder for what decides its results; its name is made of that."""
+    settings = _settings(config)
+    made: dict[str, object] = {
+        "store": store.identity,
+        "gallery_size": store.num_rows,
+        "reference": "removed" if removed else "kept",
+        "model": info.details.model,
+        "weights": info.details.pretrained or "own",
+        "weights_digest": info.details.weights_digest,
+        "adapter_digest": info.details.adapter_digest or "",
+        "preprocessing": info.details.preprocessing_tag,
+        "precision": _precision(config),
+    }
+    claim = made | {
+        "queries": checked.digest,
+        "num_queries": checked.counts.num_queries,
+        "queries_per_part": config.queries_per_part,
+        "settings": [list(key) for key in settings],
+        "k": config.k,
+    }
+    digest = hashlib.sha256(json.dumps(claim, sort_keys=True).encode()).hexdigest()
+    folder = RunFolder(config.storage_path, "batch_retrieve", config.name or f"custom-{digest[:12]}")
+    folder.claim(claim)
+    run = CatalogueRun(
+        store=store.uri,
+        folder=folder.uri,
+        settings=settings,
+        k=config.k,
+        metrics=metrics_up_to(config.k) if checked.counts.have_targets else (),
+        gallery_size=store.num_rows,
+        reference_removed=removed,
+        allow_rejects=config.max_rejects != 0,
+        made=made,
+    )
+    return run, folder
+
+
+def _precision(config: BatchRetrieveConfig) -> str:
+    """Return what "auto" means to the encoders."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if config.use_gpu else "fp32"
+
+
+def finished_parts(run: CatalogueRun) -> dict[int, dict[str, Any]]:
+    """Return the markers of the parts whose files are there, whole."""
+    progress = files.join(run.folder, "_progress")
+    if not files.exists(progress):
+        return {}
+    markers = [item.uri for item in files.list_files(progress, recursive=False) if item.name.startswith("part-")]
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = list(readers.map(files.read_json, markers))
+    results = files.join(run.folder, "results")
+    sizes = {item.name: item.size_bytes for item in files.list_files(results)} if files.exists(results) else {}
+    return {
+        marker["part"]: marker
+        for marker in found
+        if all(
+            sizes.get(f"{method}/part-{marker['part']:05d}.parquet") == size
+            for method, size in marker["size_bytes"].items()
+        )
+    }
+
+
+def _answer_all(
+    config: BatchRetrieveConfig, run: CatalogueRun, checked: CheckedQueries, choice: EncoderChoice
+) -> float:
+    """Answer the parts that are not finished; return queries per second."""
+    done = finished_parts(run)
+    if 0 <= config.max_rejects < sum(marker["num_rejects"] for marker in done.values()):
+        done = {number: marker for number, marker in done.items() if not marker["num_rejects"]}  # repaired, perhaps
+    todo = [number for number in range(len(checked.parts)) if number not in done]
+    if not todo:
+        say(f"all {len(done)} parts are finished")
+        return 0.0
+    if done:
+        say(f"{len(done)} of {len(checked.parts)} parts are finished, going on with the rest")
+    total = sum(checked.parts[number].num_queries for number in todo)
+    rejects = sum(marker["num_rejects"] for marker in done.values())
+    actor = ray.remote(max_restarts=5, max_task_retries=5)(QueryEncoder)
+    pool = actor.options(num_cpus=0.5, num_gpus=1 if config.use_gpu else 0)
+    encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
+    pipeline = PartPipeline(run, GallerySearch(Gallery(run.store), config.num_shards), encoders)
+    started, last, answered = time.perf_counter(), 0.0, 0
+    try:
+        for marker in _completed(pipeline, checked, todo, len(encoders) + 2):
+            answered += marker["num_queries"]
+            rejects += marker["num_rejects"]
+            _limit_rejects(config, run, rejects)
+            elapsed = time.perf_counter() - started
+            if elapsed - last > 5 or answered == total:
+                last = elapsed
+                say(
+                    f"answered {answered}/{total} queries ({100 * answered / total:.0f} %)  {answered / elapsed:.0f} queries/s  "
+                    f"{rejects} rejects  ETA {elapsed / answered * (total - answered):.0f} s"
+                )
+    finally:
+        for encoder in encoders:
+            ray.kill(encoder)  # their CPUs and GPUs are free at once, also after an error
+    return answered / max(time.perf_counter() - started, 1e-9)
+
+
+def _completed(
+    pipeline: PartPipeline, checked: CheckedQueries, todo: Sequence[int], limit: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the markers of parts as they end, with at most `limit` parts under way: that bounds the memory they take."""
+    waiting: list[Any] = []
+    for number in todo:
+        if len(waiting) == limit:
+            (ready,), waiting = ray.wait(waiting)
+            yield ray.get(ready)
+        waiting.append(pipeline.start(number, checked.parts[number]))
+    while waiting:
+        (ready,), waiting = ray.wait(waiting)
+        yield ray.get(ready)
+
+
+def _limit_rejects(config: BatchRetrieveConfig, run: CatalogueRun, rejects: int) -> None:
+    if 0 <= config.max_rejects < rejects:
+        raise CirError(
+            f"{rejects} queries have a reference picture that cannot be used, more than the {config.max_rejects} of "
+            f"--max_rejects: {'; '.join(some_rejects(run.folder))}. Repair them, or allow more"
+        )
+
+
+def _commit(
+    config: BatchRetrieveConfig, folder: RunFolder, run: CatalogueRun, checked: CheckedQueries, info: ModelInfo
+) -> dict[str, Any]:
+    """Check that every query is answered or rejected, and mark the run as finished; return what is recorded."""
+    markers = finished_parts(run)
+    sums = {
+        key: sum(marker[key] for marker in markers.values())
+        for key in ("num_queries", "num_answered", "num_rejects", "num_truncated")
+    }
+    _limit_rejects(config, run, sums["num_rejects"])
+    if (
+        sums["num_queries"] != checked.counts.num_queries
+        or sums["num_answered"] + sums["num_rejects"] != sums["num_queries"]
+    ):
+        raise RuntimeError(f"{checked.counts.num_queries} queries in, {sums}: nothing is committed")
+    before = folder.result()
+    if before is not None and sums.items() <= before.items():  # the same parts, so the same result
+        return before
+    scores = {
+        label(*key): {
+            metric: [interval.mean, interval.low, interval.high]
+            for metric, interval in total_scores(
+                (marker["scores"].get(label(*key), {}) for marker in markers.values()), seed=config.seed
+            ).items()
+        }
+        for key in run.settings
+        if run.metrics
+    }
+    result = {
+        "name": folder.name,
+        **sums,
+        "num_parts": len(markers),
+        "num_empty_captions": checked.counts.num_empty_captions,
+        "settings": [list(key) for key in run.settings],
+        "k": run.k,
+        "queries": config.queries,
+        "gallery": config.gallery,
+        "adapter": info.adapter,
+        **run.made,
+        "scores": scores,
+        "code_version": code_version(),
+    }
+    folder.commit(result)
+    return folder.result() or {}
