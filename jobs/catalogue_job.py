@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jobs.batch_retrieve import BatchRetrieveConfig
 
 _FOR_BENCHMARKS = (  # settings of the other benchmarks; the store decides the preprocessing
-    "root", "split", "select_split", "num_queries", "gallery_ids", "gallery_alpha", "gallery_captions", "missing_images",
+    "root", "split", "select_split", "num_queries", "gallery_ids", "gallery_captions", "missing_images",
     "preprocessing_mode",
 )  # fmt: skip
 DEFAULT_SETTING = ("slerp", 0.8)  # the paper's alpha for CIRCO and FashionIQ
@@ -100,6 +100,10 @@ def _inputs(config: BatchRetrieveConfig) -> tuple[list[str], EmbeddingStore, boo
     store = EmbeddingStore.open(absolute(config.gallery))
     if store.num_rows < 2:
         raise CirError(f"{public(store.uri)}: holds {store.num_rows} images; a search needs at least two")
+    if config.gallery_alpha and "caption_embedding" not in store.manifest.columns:
+        raise CirError(
+            f"--gallery_alpha: {public(store.uri)} holds no embeddings of captions; make it with embed.py --captions embed"
+        )
     return list_query_files(absolute(config.queries)), store, reference == "removed"
 
 
@@ -178,6 +182,7 @@ def _claim(
     made: dict[str, object] = {
         "store": store.identity,
         "gallery_size": store.num_rows,
+        "gallery_alpha": config.gallery_alpha,
         "reference": "removed" if removed else "kept",
         "model": info.details.model,
         "weights": info.details.pretrained or "own",
@@ -255,7 +260,9 @@ def _answer_all(
     actor = ray.remote(max_restarts=5, max_task_retries=5)(QueryEncoder)
     pool = actor.options(num_cpus=0.5, num_gpus=1 if config.use_gpu else 0)
     encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
-    pipeline = PartPipeline(run, GallerySearch(Gallery(run.store), config.num_shards), encoders)
+    pipeline = PartPipeline(
+        run, GallerySearch(Gallery(run.store, alpha=config.gallery_alpha), config.num_shards), encoders
+    )
     started, last, answered = time.perf_counter(), 0.0, 0
     try:
         for marker in _completed(pipeline, checked, todo, len(encoders) + 2):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cir_core.benchmarks import load_benchmark, read_queries
-from cir_core.composition import query_weights
+from cir_core.composition import query_weights, slerp
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
 from cir_core.evaluation import evaluate, load_ranking
@@ -21,6 +21,7 @@ from cir_core.preprocessing import preprocess_image
 from cir_core.scenes import write_pairs
 from cir_core.search import weighted_top_k
 from cir_core.shards import read_shard
+from jobs.retrieval import Gallery
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,7 +34,8 @@ def shop(servers, tiny_model_dir, tmp_path_factory):
     home = tmp_path_factory.mktemp("shop")
     write_pairs(str(home / "pairs"), 120, shard_rows=40)
     model = f"local-dir:{tiny_model_dir}"
-    done = servers.run("embed", "--data", str(home / "pairs"), "--output", str(home / "store"), "--model", model)
+    done = servers.run("embed", "--data", str(home / "pairs"), "--output", str(home / "store"), "--model", model,
+                       "--captions", "embed")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     write_pairs(str(home / "more"), 10, seed=7)
     (home / "pictures").mkdir()
@@ -221,6 +223,30 @@ def test_a_picture_that_cannot_be_used(servers, shop, tiny_model_dir, tmp_path):
     fewer = answer(servers, shop, queries, "some", *more, "--max_rejects", "1")  # the pictures are as they were
     assert fewer.returncode == 2
     assert "more than the 1 of --max_rejects" in fewer.stderr
+
+
+def test_a_gallery_with_captions_is_composed(servers, shop):
+    done = answer(servers, shop, shop / "queries.jsonl", "composed", "--gallery_alpha", "0.3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    store = EmbeddingStore.open(str(shop / "store"))
+    (query,) = [query for query in read_queries(str(shop / "queries.jsonl"))[0] if query.query_id == "q1"]
+    plain = Gallery(store.uri)
+    composed = Gallery(store.uri, alpha=0.3)
+    assert plain.parts() == composed.parts()
+    rows = {alpha: torch.cat([torch.as_tensor(np.array(block)) for _, block in gallery.blocks(gallery.parts())])
+            for alpha, gallery in ((0.0, plain), (0.3, composed))}  # fmt: skip
+    captions = np.concatenate(
+        [block.columns["caption_embedding"] for block in store.iter_blocks(columns=("caption_embedding",))]
+    )
+    assert torch.equal(rows[0.3], slerp(rows[0.0], torch.tensor(captions), 0.3))
+    found = lists(servers, "composed")[0.8]["q1"]
+    ids = store.read_ids()
+    text = load_encoder(store.manifest.spec.model, device="cpu").encode_texts([query.relative_caption])[0]
+    asked = slerp(rows[0.0][ids.index(query.reference_id)], text, 0.8)
+    expected = (rows[0.3].double() @ asked.double()).numpy()
+    assert [score for _, score in found] == pytest.approx([expected[ids.index(name)] for name, _ in found], abs=1e-6)
+    best = [ids[row] for row in np.argsort(-expected) if ids[row] != query.reference_id]
+    assert found[0][0] == best[0]
 
 
 def test_a_query_with_subset_ids_ranks_only_those(servers, shop, tiny_model_dir, tmp_path):
