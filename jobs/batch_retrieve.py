@@ -25,7 +25,7 @@ from cir_core.benchmarks import protocol_options
 from cir_core.schema import CirError
 from jobs.config import JobConfig, parse_config
 from jobs.decoding import DECODER_CPUS
-from jobs.models import VariantInspector
+from jobs.models import inspect_variants
 from jobs.session import check_resources, connect, run, say
 
 Method = Literal["image_only", "text_only", "sum", "nlerp", "slerp", "score_fusion"]
@@ -134,6 +134,11 @@ class BatchRetrieveConfig(JobConfig):
         return self.split or ("test" if self.benchmark == "scenes" else "val")
 
     @property
+    def device(self) -> str:
+        """Where encoders run."""
+        return "cuda" if self.use_gpu else "cpu"
+
+    @property
     def sweep(self) -> list[float]:
         """Every alpha of the sweep, the one to report among them."""
         return sorted({*self.alphas, *([] if self.alpha is None else [self.alpha])})
@@ -172,18 +177,17 @@ def main() -> None:
         say(f"adapter of tat_train run {source['name']} ({source['run_id']}): {adapter}")
     connect()
     check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
-    inspector = ray.remote(num_cpus=0, num_gpus=1 if config.use_gpu else 0)(VariantInspector).remote(
+    checking = inspect_variants.options(num_gpus=1 if config.use_gpu else 0).remote(
         config.model or ("scenes-tiny" if adapter is None else ""),
         config.pretrained,
         adapter,
-        "cuda" if config.use_gpu else "cpu",
+        config.device,
         config.precision,
         config.preprocessing_mode,
     )
-    checking = inspector.inspect.remote()
     from jobs.retrieval_job import retrieve_and_report
 
-    retrieve_and_report(config, inspector, ray.get(checking), (source or {}).get("name", ""))
+    retrieve_and_report(config, ray.get(checking), (source or {}).get("name", ""))
 
 
 if __name__ == "__main__":

@@ -51,59 +51,47 @@ def inspect_model(
     return ModelInfo(model, pretrained, adapter, encoder.details, encoder.preprocessing)
 
 
-class VariantInspector:
-    """An actor: loads a base model and, with an adapter, the tuned one; keeps the base model to encode captions with.
+@ray.remote(num_cpus=0)
+def inspect_variants(
+    model: str,
+    pretrained: str | None,
+    adapter: str | None,
+    device: str,
+    precision: str,
+    preprocessing_mode: str | None,
+) -> list[ModelInfo]:
+    """Load a base model and, with an adapter, the tuned one.
 
     model, pretrained: "" and None where the adapter says what it was made from. The rest is as in `load_encoder`.
+
+    Raises:
+        CirError: any mistake in the arguments.
     """
+    if adapter is not None:
+        from cir_core.lora import TatMetadata, local_adapter
 
-    def __init__(
-        self,
-        model: str,
-        pretrained: str | None,
-        adapter: str | None,
-        device: str,
-        precision: str,
-        preprocessing_mode: str | None,
-    ) -> None:
-        self.model, self.pretrained, self.adapter = model, pretrained, adapter
-        self.device, self.precision, self.preprocessing_mode = device, precision, preprocessing_mode
+        with local_adapter(adapter) as folder:
+            tat = TatMetadata.read(folder)
+        model, pretrained = model or tat.base_model, pretrained or tat.pretrained
+    found = []
+    for one in [None] if adapter is None else [None, adapter]:
+        encoder = load_encoder(model, pretrained, one, device, precision, preprocessing_mode=preprocessing_mode)
+        found.append(ModelInfo(model, pretrained, one, encoder.details, encoder.preprocessing))
+    return found
 
-    def inspect(self) -> list[ModelInfo]:
-        """Return the one or two models.
 
-        Raises:
-            CirError: any mistake in the arguments.
-        """
-        if self.adapter is not None:
-            from cir_core.lora import TatMetadata, local_adapter
+@ray.remote(num_cpus=0)
+def encode_captions(
+    info: ModelInfo, device: str, precision: str, lists: list[list[str]]
+) -> tuple[list[Tensor], list[int]]:
+    """Encode relative captions with the text tower, which no adapter touches; also count those it cuts short.
 
-            with local_adapter(self.adapter) as folder:
-                tat = TatMetadata.read(folder)
-            self.model, self.pretrained = self.model or tat.base_model, self.pretrained or tat.pretrained
-        found = []
-        for adapter in [None] if self.adapter is None else [None, self.adapter]:
-            encoder = load_encoder(
-                self.model,
-                self.pretrained,
-                adapter,
-                self.device,
-                self.precision,
-                preprocessing_mode=self.preprocessing_mode,
-            )
-            if adapter is None:
-                self.base = encoder
-            found.append(ModelInfo(self.model, self.pretrained, adapter, encoder.details, encoder.preprocessing))
-        return found
-
-    def encode_captions(self, lists: list[list[str]]) -> tuple[list[Tensor], list[int]]:
-        """Encode relative captions with the text tower, which no adapter touches; also count those it cuts short.
-
-        Returns:
-            Per list, float32[n, D] on the CPU and the number of captions that lose their end.
-        """
-        unique = list(dict.fromkeys(caption for captions in lists for caption in captions))
-        places = {caption: place for place, caption in enumerate(unique)}
-        texts = self.base.encode_texts(unique).cpu()
-        rows = [[places[caption] for caption in captions] for captions in lists]
-        return [texts[chosen] for chosen in rows], [self.base.count_truncated(captions) for captions in lists]
+    Returns:
+        Per list, float32[n, D] on the CPU and the number of captions that lose their end.
+    """
+    encoder = load_encoder(info.model, info.pretrained, None, device, precision)
+    unique = list(dict.fromkeys(caption for captions in lists for caption in captions))
+    places = {caption: place for place, caption in enumerate(unique)}
+    texts = encoder.encode_texts(unique).cpu()
+    rows = [[places[caption] for caption in captions] for captions in lists]
+    return [texts[chosen] for chosen in rows], [encoder.count_truncated(captions) for captions in lists]

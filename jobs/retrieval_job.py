@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -25,7 +25,7 @@ from jobs.benchmark_parts import ImageSource, ImageSources, Part, find_parts
 from jobs.config import flat_parameters
 from jobs.embedder import EmbedPlan
 from jobs.embedding import embed_stores, store_spec, store_uri
-from jobs.models import ModelInfo
+from jobs.models import ModelInfo, encode_captions
 from jobs.retrieval import Prepared, Setting, settings_of
 from jobs.retrieval_outcomes import Outcome, Variant, ranking_file
 from jobs.retrieval_report import log_outcomes, write_report, write_submissions
@@ -82,10 +82,12 @@ class RetrievalRun:
         self.about_texts: dict[int, dict[str, object]] = {}
         self.stores: dict[tuple[str, int], EmbeddingStore] = {}
 
-    def encode_texts(self, inspector: Any) -> None:
+    def encode_texts(self) -> None:
         """Encode every query's captions; a query with several gets their mean."""
         captions = [[text for query in item.queries for text in query.captions] for item in self.benchmarks]
-        texts, truncated = ray.get(inspector.encode_captions.remote(captions))
+        config, base = self.config, self.variants[0].info
+        encode = encode_captions.options(num_gpus=1 if config.use_gpu else 0)
+        texts, truncated = ray.get(encode.remote(base, config.device, config.precision, captions))
         for item, found, cut, given in zip(self.benchmarks, texts, truncated, captions, strict=True):
             self.texts[id(item)] = mean_texts(found, [len(query.captions) for query in item.queries])
             empty = sum(not text for text in given)
@@ -204,14 +206,11 @@ def choose(results: Sequence[Results], headline: str) -> dict[str, float | None]
     return {method: alpha for method, (_, alpha) in chosen.items()}
 
 
-def retrieve_and_report(
-    config: BatchRetrieveConfig, inspector: Any, models: Sequence[ModelInfo], tat_train_run: str
-) -> None:
+def retrieve_and_report(config: BatchRetrieveConfig, models: Sequence[ModelInfo], tat_train_run: str) -> None:
     """Check everything, then embed, search, evaluate and publish.
 
     Args:
         config: the job's settings.
-        inspector: the actor that described them and encodes captions.
         models: the base model and, with an adapter, the tuned one.
         tat_train_run: name of the run that made the adapter, for the record; "" if that is not known.
     """
@@ -233,8 +232,7 @@ def retrieve_and_report(
     say(f"MLflow: {parent.page}")
     with tempfile.TemporaryDirectory() as local:
         try:
-            job.encode_texts(inspector)
-            ray.kill(inspector)  # its GPU or memory is for the embedders
+            job.encode_texts()
             job.embed()
             outcomes = job.outcomes(local)
             submissions = write_submissions(outcomes)
