@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,7 +25,11 @@ from cir_core.lora.attach import TwoTowerModel, has_adapter, wrap_tower
 from cir_core.lora.attention import fuse_attention
 from cir_core.schema import CirError
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
 TAT_NAME = "tat.json"
+CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own names
 # The settings of adapter_config.json that are honoured. PEFT has dozens more: some import the module they
 # name (megatron_core), some rewrite the base weights while loading (PiSSA, OLoRA). They are refused unless at
 # their default.
@@ -206,6 +208,8 @@ def _adapter_weights(folder: Path) -> Path:
 
 
 def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    from peft import LoraConfig  # here: a fifth of a process's start, spent only where there is an adapter
+
     content = _read_json(folder / CONFIG_NAME)
     name = f"adapter {folder}"
     if content.get("peft_type") != "LORA":
@@ -232,6 +236,8 @@ def _read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 def _fill(tower: PeftModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Load the tensors once names and shapes agree; PEFT only warns about an adapter with holes."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     expected = get_peft_model_state_dict(tower, save_embedding_layers=False)
     wrong = sorted(set(expected) ^ set(tensors)) or sorted(
         name for name, tensor in tensors.items() if tensor.shape != expected[name].shape

@@ -10,14 +10,16 @@ import difflib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from cir_core.lora.attention import fuse_attention, split_attention
 from cir_core.schema import CirError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # An nn.Module with an image tower `.visual`, encode_image and encode_text: open_clip's CLIP, CustomTextCLIP,
 # CoCa.
@@ -65,6 +67,8 @@ def attach_lora(
             f"LoRA needs r >= 1, lora_alpha > 0 and 0 <= lora_dropout < 1, not r={r}, "
             f"lora_alpha={lora_alpha}, lora_dropout={lora_dropout}"
         )
+    from peft import LoraConfig
+
     config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(target_modules))
     adapted = wrap_tower(model, config, target_modules)
     trainable, total = count_parameters(model)
@@ -79,7 +83,7 @@ def count_parameters(model: TwoTowerModel) -> tuple[int, int]:
 
 def has_adapter(model: TwoTowerModel) -> bool:
     """Whether the image tower carries an adapter."""
-    return isinstance(model.visual, PeftModel)
+    return hasattr(model.visual, "peft_config")
 
 
 def weights_digest(model: TwoTowerModel, *, without: str | None = None) -> str:
@@ -110,6 +114,8 @@ def wrap_tower(model: TwoTowerModel, config: LoraConfig, targets: Sequence[str])
         raise
     model.requires_grad_(False)
     training = model.visual.training
+    from peft import get_peft_model
+
     model.visual = get_peft_model(model.visual, config).train(training)
     return tuple(
         name.removeprefix("base_model.model.")
