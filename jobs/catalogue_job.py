@@ -148,6 +148,8 @@ def check_encoder(store: EmbeddingStore, info: ModelInfo) -> None:
         "model": details.model,
         "weights_digest": details.weights_digest,
         "adapter_digest": details.adapter_digest or "",
+        "config_digest": details.config_digest,
+        "tokenizer_digest": details.tokenizer_digest,
         "preprocessing": details.preprocessing_tag,
         "dim": details.dim,
     }

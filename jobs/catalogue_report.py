@@ -19,7 +19,7 @@ from cir_core.benchmarks.custom import is_picture
 from cir_core.evaluation import load_ranking
 from cir_core.reporting.contact_sheet import SheetColumn, SheetResult, SheetRow, image_ids_of, write_contact_sheet
 from cir_core.schema import CirError, Query, Ranking
-from cir_core.shards import Sample, list_shards, read_shard
+from cir_core.shards import find_images, list_shards
 from jobs import tracking
 from jobs.catalogue import CatalogueRun, label
 from jobs.config import public
@@ -101,19 +101,12 @@ def _sheet_row(ranking: Ranking, row: int, query: Query) -> SheetRow:
 
 def _gallery_pictures(uri: str, wanted: set[str]) -> dict[str, bytes | None]:
     """Return pictures by key: of shards, read one after the other until all are found; or of a folder's files."""
-    found: dict[str, bytes | None] = {}
     try:
         shards = list_shards(uri)
     except CirError:  # no shards: a folder of pictures, whose keys are paths in it
         inside = {name: files.join(uri, name) for name in wanted if not is_picture(name)}
         return {name: files.read_bytes(path) for name, path in inside.items() if files.exists(path)}
-    for shard in shards:
-        for row in read_shard(shard, require_caption=False):
-            if isinstance(row, Sample) and row.key in wanted:
-                found[row.key] = row.image
-        if len(found) == len(wanted):
-            break
-    return found
+    return {**find_images(shards, wanted)}
 
 
 def publish(

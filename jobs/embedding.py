@@ -76,6 +76,8 @@ def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_dige
         weights=details.pretrained or "own",
         weights_digest=details.weights_digest,
         adapter_digest=details.adapter_digest or "",
+        config_digest=details.config_digest,
+        tokenizer_digest=details.tokenizer_digest,
         preprocessing=details.preprocessing_tag,
         dim=details.dim,
         dtype=dtype,

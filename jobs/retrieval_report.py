@@ -12,7 +12,7 @@ from cir_core import files
 from cir_core.benchmarks import Benchmark
 from cir_core.evaluation import has_test_server, write_submission
 from cir_core.reporting import contact_sheet, plots
-from cir_core.shards import Sample, list_shards, read_shard
+from cir_core.shards import find_images, list_shards
 from jobs import tracking
 from jobs.retrieval_outcomes import Outcome, averaged, by_part, by_variant, flat_protocol, groups_of
 from jobs.retrieval_tables import SCENES_NOTE
@@ -39,12 +39,7 @@ def gallery_pictures(benchmark: Benchmark, wanted: frozenset[str]) -> dict[str, 
     if benchmark.images is not None:
         found = benchmark.image_files(sorted(wanted))
         return {name: _cut_out(benchmark, name, files.read_bytes(file.uri)) for name, file in found.items()}
-    pictures = {}
-    for shard in list_shards(benchmark.image_shards):
-        for sample in read_shard(shard, require_caption=False):
-            if isinstance(sample, Sample) and sample.key in wanted:
-                pictures[sample.key] = sample.image
-    return pictures
+    return find_images(list_shards(benchmark.image_shards), wanted)
 
 
 def _cut_out(benchmark: Benchmark, image_id: str, data: bytes) -> bytes:

@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would show each worker's line twice
     "RAY_DATA_LOG_LEVEL": "WARNING",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # ours are raised by ray.get; a task's second result would tell them again
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }

@@ -12,7 +12,7 @@ from cir_core import files
 from cir_core.schema import CirError, embedding_schema
 
 FORMAT = "cir-embedding-store"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class StoreSpec:
     """Everything that decides the content of a store; two stores with one identity hold the same embeddings.
 
     weights: the weights tag; weights_digest, adapter_digest: hashes of their files ("" for no adapter);
+    config_digest, tokenizer_digest: of what tensors do not tell (activation, heads; vocabulary and rules);
     preprocessing: its tag; dim: D; dtype: "float32" or "float16" on disk; input_digest: see `listing_digest`.
     """
 
@@ -27,6 +28,8 @@ class StoreSpec:
     weights: str
     weights_digest: str
     adapter_digest: str
+    config_digest: str
+    tokenizer_digest: str
     preprocessing: str
     dim: int
     dtype: str

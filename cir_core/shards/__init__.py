@@ -7,7 +7,7 @@ give the very samples that were counted. A row that cannot be used is a `Reject`
 """
 
 from cir_core.shards.images import index_image_folder, list_images
-from cir_core.shards.index import index_shard, read_shard, read_slice
+from cir_core.shards.index import find_images, index_shard, read_shard, read_slice
 from cir_core.shards.listing import list_shards, shard_versions
 from cir_core.shards.model import (
     IMAGE_SUFFIXES,
@@ -26,6 +26,7 @@ __all__ = [
     "Sample",
     "ShardIndex",
     "Slice",
+    "find_images",
     "index_image_folder",
     "index_shard",
     "list_images",

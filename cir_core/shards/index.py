@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from cir_core import files
 from cir_core.schema import CirError, Reject
@@ -91,3 +91,15 @@ def _slice_samples(part: Slice, *, require_caption: bool) -> Iterator[Sample]:
             yield from read_part(rows, part, shard=name, require_caption=require_caption)
     else:
         yield from read_part(tar.slice_rows(part), part, shard=name, require_caption=require_caption)
+
+
+def find_images(shards: Iterable[str], keys: Collection[str]) -> dict[str, bytes]:
+    """Return the encoded images with these keys, reading shards one after the other until all are found."""
+    wanted, found = frozenset(keys), dict[str, bytes]()
+    for shard in shards:
+        for row in read_shard(shard, require_caption=False):
+            if isinstance(row, Sample) and row.key in wanted:
+                found[row.key] = row.image
+        if len(found) == len(wanted):
+            break
+    return found

@@ -26,7 +26,7 @@ from cir_core.embedding_store import write as write_module
 from cir_core.schema import CirError, Reject
 
 DIM = 8
-SPEC = StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "center_crop-64-bicubic", DIM, "float32", "input")
+SPEC = StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "center_crop-64-bicubic", DIM, "float32", "input")
 
 
 def unit(num_rows, seed=0, dim=DIM):

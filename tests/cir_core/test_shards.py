@@ -560,3 +560,12 @@ def test_shard_versions_follow_the_order_given(tmp_path):
     shards = [f"{tmp_path}/b/0.tar", f"{tmp_path}/a/1.tar", f"{tmp_path}/a/0.tar"]
     expected = [(shard, size, size * 1_000_000_000) for shard, size in zip(shards, (7, 5, 3), strict=True)]
     assert shard_versions(shards) == expected
+
+
+def test_images_are_found_by_key_and_no_shard_is_read_in_vain(tmp_path):
+    for name, keys in (("0.tar", "ab"), ("1.tar", "cd")):
+        members = [(f"{key}.jpg", JPEG + key.encode()) for key in keys]
+        (tmp_path / name).write_bytes(make_tar(plain(*members)))
+    places = [str(tmp_path / "0.tar"), str(tmp_path / "1.tar"), str(tmp_path / "not there.tar")]
+    assert shards.find_images(places, ["d", "a"]) == {"a": JPEG + b"a", "d": JPEG + b"d"}
+    assert shards.find_images(places[:2], {"b", "nowhere"}) == {"b": JPEG + b"b"}

@@ -1,11 +1,13 @@
 """What a store or a run was made from: files that were moved or written again are another input."""
 
+import json
 import os
 
 import pytest
 
+from cir_core.encoders import load_encoder
 from cir_core.schema import CirError
-from jobs.embedding import find_units
+from jobs.embedding import find_units, store_spec
 from jobs.storage import RunFolder
 from jobs.training_job import check_same_data
 
@@ -43,3 +45,17 @@ def test_a_run_does_not_go_on_with_other_shards(tmp_path):
     (tmp_path / "a" / "00000.tar").write_bytes(b"two")
     with pytest.raises(CirError, match="changed since run run began"):
         check_same_data(folder, shards)
+
+
+def test_models_with_equal_weights_and_another_activation_make_two_stores(make_tiny_model_dir, tmp_path):
+    identities = []
+    for name, quick_gelu in (("plain", False), ("quick", True)):
+        folder = make_tiny_model_dir(tmp_path / name)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["quick_gelu"] = quick_gelu
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        details = load_encoder(f"local-dir:{folder}").details
+        spec = store_spec(details, dtype="float32", captions="no", input_digest="same")
+        identities.append((spec.weights_digest, spec.config_digest))
+    assert identities[0][0] == identities[1][0]
+    assert identities[0][1] != identities[1][1]
