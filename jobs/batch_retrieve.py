@@ -16,6 +16,7 @@ category and method. `custom` answers people's own queries from any store, part 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 import ray
@@ -30,6 +31,7 @@ from jobs.session import check_resources, connect, run, say
 
 Method = Literal["image_only", "text_only", "sum", "nlerp", "slerp", "score_fusion"]
 NEWEST, NONE = "newest", "none"
+_FOR_CATALOGUES = ("queries", "gallery", "queries_per_part", "max_rejects", "gallery_images")
 
 
 class BatchRetrieveConfig(JobConfig):
@@ -95,7 +97,7 @@ class BatchRetrieveConfig(JobConfig):
     preprocessing_mode: Literal["center_crop", "target_pad", "squash"] | None = Field(
         None, description="How a picture becomes a square; empty: as the model says, center_crop for CLIP."
     )
-    methods: list[Method] = Field(list(get_args(Method)), description="Composition methods.")
+    methods: list[Method] = Field([], description="Composition methods; empty: all of them, or slerp with 'custom'.")
     alpha: float | None = Field(
         None,
         ge=0,
@@ -103,8 +105,8 @@ class BatchRetrieveConfig(JobConfig):
         description="alpha to report, such as the paper's (CIRR 0.9, CIRCO and FashionIQ 0.8); empty: chosen.",
     )
     alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(
-        [round(0.1 * step, 1) for step in range(11)],
-        description="Text weights of the sweep; 0 image only, 1 text only.",
+        [],
+        description="Text weights of the sweep; 0 image only, 1 text only. Empty: 0, 0.1, ..., 1, or --alpha with 'custom'.",
     )
     k: PositiveInt = Field(60, description="Length of the rankings; at least the benchmark's deepest metric.")
     num_shards: PositiveInt = Field(2, description="Tasks that share the gallery; the result does not depend on it.")
@@ -117,15 +119,15 @@ class BatchRetrieveConfig(JobConfig):
     @field_validator("methods")
     @classmethod
     def _each_once(cls, methods: list[Method]) -> list[Method]:
-        if not methods or len(set(methods)) != len(methods):
-            raise ValueError("methods must name at least one method, none twice")
+        if len(set(methods)) != len(methods):
+            raise ValueError("methods must name none twice")
         return methods
 
     @field_validator("alphas")
     @classmethod
     def _some(cls, alphas: list[float]) -> list[float]:
-        if not alphas or len(set(alphas)) != len(alphas):
-            raise ValueError("alphas must hold at least one value, none twice")
+        if len(set(alphas)) != len(alphas):
+            raise ValueError("alphas must hold no value twice")
         return sorted(alphas)
 
     @property
@@ -141,7 +143,19 @@ class BatchRetrieveConfig(JobConfig):
     @property
     def sweep(self) -> list[float]:
         """Every alpha of the sweep, the one to report among them."""
-        return sorted({*self.alphas, *([] if self.alpha is None else [self.alpha])})
+        alphas = self.alphas or [round(0.1 * step, 1) for step in range(11)]
+        return sorted({*alphas, *([] if self.alpha is None else [self.alpha])})
+
+    @property
+    def compared(self) -> list[Method]:
+        """The composition methods."""
+        return self.methods or list(get_args(Method))
+
+    def refuse(self, names: Iterable[str], where: str) -> None:
+        """Raise CirError if one of these settings is given, since it does nothing there."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise CirError(f"--{name} does nothing {where}; leave it out")
 
 
 def find_adapter(config: BatchRetrieveConfig) -> tuple[str | None, dict[str, str] | None]:
@@ -172,11 +186,15 @@ def main() -> None:
 
         answer_queries(config)
         return
+    config.refuse(_FOR_CATALOGUES, f"with --benchmark {config.benchmark}")
     adapter, source = find_adapter(config)
     if source:
         say(f"adapter of tat_train run {source['name']} ({source['run_id']}): {adapter}")
     connect()
-    check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
+    check_resources(
+        {"CPU": 0.5 * config.num_encoders + DECODER_CPUS}
+        | ({"GPU": float(config.num_encoders)} if config.use_gpu else {})
+    )
     checking = inspect_variants.options(num_gpus=1 if config.use_gpu else 0).remote(
         config.model or ("scenes-tiny" if adapter is None else ""),
         config.pretrained,

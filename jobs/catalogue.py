@@ -227,7 +227,7 @@ def write_part(run: CatalogueRun, number: int, prepared: Prepared, answers: dict
 
 def label(method: str, alpha: float | None) -> str:
     """Return a setting's name, as in 'slerp@0.8'."""
-    return method if alpha is None else f"{method}@{alpha:g}"
+    return method if alpha is None else f"{method}@{alpha}"
 
 
 def _rankings(

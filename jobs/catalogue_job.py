@@ -20,9 +20,10 @@ from cir_core.schema import CirError
 from jobs import tracking
 from jobs.catalogue import CatalogueRun, EncoderChoice, PartPipeline, QueryEncoder, label
 from jobs.catalogue_checks import CheckedQueries, check_queries
-from jobs.catalogue_report import publish, results_table, some_rejects, write_sheet
+from jobs.catalogue_report import publish, results_table, write_sheet
 from jobs.config import flat_parameters, public
 from jobs.decoding import DECODER_CPUS
+from jobs.embedding import some_rejects
 from jobs.models import ModelInfo, inspect_model
 from jobs.retrieval import Gallery, GallerySearch, Setting, settings_of
 from jobs.session import check_resources, code_version, connect, say
@@ -88,9 +89,7 @@ def _inputs(config: BatchRetrieveConfig) -> tuple[list[str], EmbeddingStore, boo
     for name, value in (("queries", config.queries), ("gallery", config.gallery)):
         if not value:
             raise CirError(f"--{name} is needed with --benchmark custom; --help says what it is")
-    for name in _FOR_BENCHMARKS:
-        if getattr(config, name) != type(config).model_fields[name].default:
-            raise CirError(f"--{name} does nothing with --benchmark custom; leave it out")
+    config.refuse(_FOR_BENCHMARKS, "with --benchmark custom")
     for option in config.protocol:
         if option != "reference":
             raise CirError(f"protocol: unknown option {option!r}; {near_matches(option, ['reference'])}")
@@ -166,14 +165,11 @@ def check_encoder(store: EmbeddingStore, info: ModelInfo) -> None:
 
 def _settings(config: BatchRetrieveConfig) -> tuple[Setting, ...]:
     """Return the methods and alphas to report: a sweep is for benchmarks, so here it has to be asked for."""
-    given = {name for name in ("methods", "alphas") if getattr(config, name) != type(config).model_fields[name].default}
-    method, alpha = DEFAULT_SETTING
-    alpha = alpha if config.alpha is None else config.alpha
-    methods = config.methods if "methods" in given else [method]
-    alphas = config.sweep if "alphas" in given else [alpha]
-    if not given and config.alpha is None:
+    method, default = DEFAULT_SETTING
+    if not config.methods and not config.alphas and config.alpha is None:
         say(f"no --methods, --alphas or --alpha given: {label(*DEFAULT_SETTING)} alone")
-    return tuple(settings_of(methods, alphas))
+    alphas = config.sweep if config.alphas else [default if config.alpha is None else config.alpha]
+    return tuple(settings_of(config.methods or [method], alphas))
 
 
 def _claim(

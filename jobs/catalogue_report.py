@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +36,6 @@ _SHEET_K = 10
 _SAMPLE_ROWS = 100
 
 
-def some_rejects(folder: str, limit: int = 5) -> list[str]:
-    """Name some rejected queries, with their reasons."""
-    found: list[str] = []
-    for item in files.list_files(files.join(folder, "rejects")):
-        with files.open_parquet(item.uri, "rejects") as file:
-            found += [f"query {row['key']!r} ({row['reason']}, {row['detail']})" for row in file.read().to_pylist()]
-        if len(found) >= limit:
-            break
-    return found[:limit]
-
-
 def write_sheet(config: BatchRetrieveConfig, run: CatalogueRun, parts: Sequence[QuerySlice], folder: RunFolder) -> None:
     """Write the contact sheet: the first queries of parts that are spread evenly over all."""
     chosen = np.unique(np.linspace(0, len(parts) - 1, min(config.contact_sheet_rows, len(parts))).round().astype(int))
@@ -69,11 +59,14 @@ def _make_sheet(
     if not rows:
         return None
     wanted = set(image_ids_of(rows))
+    inside = {name for name in wanted if not is_picture(name)}
     pictures: dict[str, bytes | None] = dict.fromkeys(wanted)
-    pictures |= _gallery_pictures(gallery_images, wanted) if gallery_images else {}
+    pictures |= _gallery_pictures(gallery_images, inside) if gallery_images else {}
     for name in (one for one in wanted if pictures[one] is None and is_picture(one)):
         with suppress(Exception):  # a gallery id that looks like a path: shown by its name
             pictures[name] = fetch(name)
+    rows = [replace(row, reference_id=public(row.reference_id)) for row in rows]  # no secret of a URI on the page
+    pictures = {public(name): data for name, data in pictures.items()}
     write_contact_sheet(uri, f"custom: {label(*run.settings[0])}", rows, pictures, protocol=run.made)
     return sum(data is None for data in pictures.values())
 
@@ -104,8 +97,8 @@ def _gallery_pictures(uri: str, wanted: set[str]) -> dict[str, bytes | None]:
     try:
         shards = list_shards(uri)
     except CirError:  # no shards: a folder of pictures, whose keys are paths in it
-        inside = {name: files.join(uri, name) for name in wanted if not is_picture(name)}
-        return {name: files.read_bytes(path) for name, path in inside.items() if files.exists(path)}
+        places = {name: files.join(uri, name) for name in wanted}
+        return {name: files.read_bytes(path) for name, path in places.items() if files.exists(path)}
     return {**find_images(shards, wanted)}
 
 

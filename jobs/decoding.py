@@ -1,4 +1,4 @@
-"""Decoding tasks: of shards' images for embedding, of single pictures for queries. Apart, so that the processes that run them start without torch and the models."""
+"""Decoding tasks, of shards' images and of single pictures. Apart, so that their processes start without torch and the models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def decode_images(
         try:
             if isinstance(row, Picture):
                 cut = row.crop.cut if row.crop else None
-                images.append(preprocess_image(files.read_bytes(row.uri), preprocessing, cut=cut))
+                images.append(preprocess_image(fetch(row.uri), preprocessing, cut=cut))
             else:
                 images.append(preprocess_image(row.image, preprocessing))
             readable.append(True)
@@ -47,6 +47,9 @@ def decode_images(
             readable.append(False)
             place = files.redact(row.uri) if isinstance(row, Picture) else row.shard
             rejects.append(Reject(place, row.key, error.reason, error.detail))
+        except CirError as error:  # gone since it was listed, or not for us to read
+            readable.append(False)
+            rejects.append(Reject("", row.key, "missing", str(error)))
     size = preprocessing.size
     stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
     return stacked, readable, rejects
@@ -54,7 +57,11 @@ def decode_images(
 
 @ray.remote(num_cpus=DECODER_CPUS, max_retries=5)
 def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarray[Any, Any] | tuple[str, str]]:
-    """Return for each picture uint8[3, H, W], or the reason and detail why it cannot be used."""
+    """Return for each picture uint8[3, H, W], or the reason and detail why it cannot be used.
+
+    Raises:
+        OSError: a store or host does not answer: that says nothing about the picture.
+    """
     found: list[np.ndarray[Any, Any] | tuple[str, str]] = []
     for uri in uris:
         try:
@@ -63,18 +70,27 @@ def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarr
             found.append((error.reason, f"{files.redact(uri)}: {error.detail}"))
         except CirError as error:
             found.append(("missing", str(error)))
-        except Exception as error:  # a host that is gone, or whatever else a file system's client raises
-            found.append(("unreachable", f"{files.redact(uri)}: {type(error).__name__} {error}"))
     return found
 
 
-@tenacity.retry(
-    retry=tenacity.retry_if_not_exception_type(CirError),
-    wait=tenacity.wait_random_exponential(multiplier=0.5, max=10),
-    stop=tenacity.stop_after_attempt(5),
-    reraise=True,
-)
 def fetch(uri: str) -> bytes:
-    """Return a picture's bytes, cut where no picture may be larger; network failures are tried again."""
+    """Return a picture's bytes, cut where no picture may be larger; network failures are tried again.
+
+    Raises:
+        CirError: the picture is not there, or access is refused.
+        OSError: the store does not answer.
+    """
+    # fsspec calls any failure of a web server, "come back later" too, a file that is not there
+    firm = () if uri.startswith(("http://", "https://")) else (CirError,)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_not_exception_type(firm),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=10),
+        stop=tenacity.stop_after_attempt(5),
+        reraise=True,
+    )
+    return retrying(_read, uri)
+
+
+def _read(uri: str) -> bytes:
     with files.open_stream(uri) as stream:
         return stream.read(MAX_BYTES + 1)

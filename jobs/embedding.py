@@ -90,7 +90,8 @@ def store_uri(storage_path: str, spec: StoreSpec) -> str:
     return files.join(absolute(storage_path), "stores", spec.identity[:16])
 
 
-def _some_rejects(output: str, limit: int = 5) -> list[str]:
+def some_rejects(output: str, limit: int = 5) -> list[str]:
+    """Name some of the rows that a store or a run rejected, with their reasons."""
     found: list[str] = []
     for item in files.list_files(files.join(output, "rejects")):
         with files.open_parquet(item.uri, "rejects") as file:
@@ -131,7 +132,7 @@ def _commit(plan: EmbedPlan, writer: EmbeddingWriter, max_rejects: int | None) -
     if max_rejects is not None and rejected > max_rejects:
         raise CirError(
             f"{rejected} images cannot be used, more than the {max_rejects} allowed; {plan.output} is not used. "
-            f"Repair or remove them at the source: {'; '.join(_some_rejects(plan.output))}"
+            f"Repair or remove them at the source: {'; '.join(some_rejects(plan.output))}"
         )
     rows_in = sum(part.num_rows + part.num_rejects for part in parts.values())  # each part was checked when written
     reused = ", reused" if writer.committed else ""

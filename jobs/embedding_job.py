@@ -31,7 +31,10 @@ def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     )
     output = absolute(config.output) if config.output else store_uri(config.storage_path, spec)
     check_writable(output, "output")
-    check_resources({"CPU": 0.5 + DECODER_CPUS} | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
+    check_resources(
+        {"CPU": 0.5 * config.num_encoders + DECODER_CPUS}
+        | ({"GPU": float(config.num_encoders)} if config.use_gpu else {})
+    )
     tracker = tracking.Tracker.start(
         uri,
         experiment=config.experiment,

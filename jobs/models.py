@@ -89,7 +89,9 @@ def encode_captions(
     Returns:
         Per list, float32[n, D] on the CPU and the number of captions that lose their end.
     """
-    encoder = load_encoder(info.model, info.pretrained, None, device, precision)
+    encoder = load_encoder(
+        info.model, info.pretrained, None, device, precision, preprocessing_mode=info.preprocessing.mode
+    )
     unique = list(dict.fromkeys(caption for captions in lists for caption in captions))
     places = {caption: place for place, caption in enumerate(unique)}
     texts = encoder.encode_texts(unique).cpu()

@@ -22,7 +22,7 @@ from cir_core.evaluation import EvaluationResult, evaluate, save_ranking
 from cir_core.schema import Ranking
 from jobs import tracking
 from jobs.benchmark_parts import ImageSource, ImageSources, Part, find_parts
-from jobs.config import flat_parameters
+from jobs.config import flat_parameters, public
 from jobs.embedder import EmbedPlan
 from jobs.embedding import embed_stores, store_spec, store_uri
 from jobs.models import ModelInfo, encode_captions
@@ -71,16 +71,24 @@ class RetrievalRun:
 
     def __init__(self, config: BatchRetrieveConfig, parts: Sequence[Part], variants: Sequence[Variant]) -> None:
         self.config, self.parts, self.variants = config, parts, variants
-        self.settings = settings_of(config.methods, config.sweep)
+        self.settings = settings_of(config.compared, config.sweep)
         both = [item for part in parts for item in (part.reported, part.selected) if item is not None]
         self.benchmarks = list({id(item): item for item in both}.values())
         sources = ImageSources(config)
         largest_first = sorted(self.benchmarks, key=lambda item: -len(item.image_ids))  # holds the others' images
         self.source_of = {id(item): sources.add(item) for item in largest_first}
         self.sources = sources.sources
+        self.captioned = {id(item): sources.captioned(item) for item in self.benchmarks}
         self.texts: dict[int, Tensor] = {}
         self.about_texts: dict[int, dict[str, object]] = {}
         self.stores: dict[tuple[str, int], EmbeddingStore] = {}
+
+    def inputs_digest(self) -> str:
+        """Return a digest of all that is read: queries, galleries, protocols, pictures and captions."""
+        digest = hashlib.sha256(" ".join(source.digest for source in self.sources).encode())
+        for item in self.benchmarks:
+            digest.update(repr((item.split, item.queries, item.gallery_ids, sorted(item.protocol.items()))).encode())
+        return digest.hexdigest()
 
     def encode_texts(self) -> None:
         """Encode every query's captions; a query with several gets their mean."""
@@ -117,13 +125,14 @@ class RetrievalRun:
             "model": spec.model,
             "weights": spec.weights,
             "weights_digest": spec.weights_digest,
-            "adapter": variant.info.adapter or "none",
+            "adapter": public(variant.info.adapter or "none"),
             "adapter_digest": spec.adapter_digest or "none",
             "preprocessing": spec.preprocessing,
-            "precision": variant.info.details.precision,
+            "text_precision": variant.info.details.precision,
             "gallery_alpha": self.config.gallery_alpha,
             "store": store.identity,
             "code_version": code_version(),
+            **self.captioned[id(benchmark)],
             **self.about_texts[id(benchmark)],
         }
         return Prepared.of(left, store, gallery_alpha=self.config.gallery_alpha, protocol=made), texts
@@ -155,7 +164,7 @@ class RetrievalRun:
             chosen_on: dict[str, list[Results]] = {}
             for part in self.parts:
                 benchmark, rankings, subsets, results = self.search(part.reported, variant)
-                for method in self.config.methods:
+                for method in self.config.compared:
                     _save(rankings, method, ranking_file(local, part, variant, method))
                     _save(subsets, method, ranking_file(local, part, variant, f"{method}.subset"))
                 reported.append((part, benchmark, results))
@@ -166,7 +175,7 @@ class RetrievalRun:
                     )
             for part, benchmark, results in reported:
                 chosen = choose(chosen_on[part.group], benchmark.headline) if part.selected else self._given()
-                found.append(Outcome(part, benchmark, variant, results, chosen, local))
+                found.append(Outcome(part, benchmark, variant, results, chosen, self.alpha_is, local))
             say(f"searched with {variant.label}: {variant.info.adapter or variant.info.model}")
         return found
 
@@ -176,6 +185,8 @@ class RetrievalRun:
         if self.config.alpha is not None:
             return f"alpha {self.config.alpha:g} as given"
         same = self.parts[0].selected is self.parts[0].reported
+        if self.parts[0].selected is None:
+            return "no method has an alpha"
         return "alpha chosen on " + (
             "the same queries, so it is optimistic" if same else f"split {self.config.select_split!r}"
         )
@@ -220,39 +231,43 @@ def retrieve_and_report(config: BatchRetrieveConfig, models: Sequence[ModelInfo]
     variants = [Variant("before TAT", info) for info in untuned]
     variants.append(Variant("after TAT" if untuned else "base model", last))
     job = RetrievalRun(config, find_parts(config), variants)
-    identities = " ".join(info.details.identity for info in models)
-    digest = hashlib.sha256(f"{config.digest(_HOW)} {identities}".encode()).hexdigest()[:8]
+    made_of = {
+        "encoders": [f"{info.details.identity} {info.details.precision}" for info in models],
+        "inputs": job.inputs_digest(),
+    }
+    digest = hashlib.sha256(f"{config.digest(_HOW)} {made_of}".encode()).hexdigest()[:8]
     name = config.name or f"{config.benchmark}-{config.reported_split}-{digest}"
     folder = RunFolder(config.storage_path, "batch_retrieve", name)
-    folder.claim({**config.model_dump(mode="json", exclude={*_HOW, *_WHERE}), "encoders": identities})
+    folder.claim({**config.model_dump(mode="json", exclude={*_HOW, *_WHERE}), **made_of})
     tags = {"job": "batch_retrieve", "code_version": code_version(), "benchmark": config.benchmark}
     parameters = flat_parameters(config) | {"adapter_uri": last.adapter or "none", "tat_train_run": tat_train_run}
     start = partial(tracking.Tracker.start, uri, experiment=config.experiment, tags=tags)
     parent = start(name=name, parameters=parameters)
     say(f"MLflow: {parent.page}")
+    children: dict[str, tracking.Tracker] = {}
     with tempfile.TemporaryDirectory() as local:
         try:
             job.encode_texts()
             job.embed()
             outcomes = job.outcomes(local)
             submissions = write_submissions(outcomes)
+            method = "slerp" if "slerp" in config.compared else config.compared[0]
+            write_report(outcomes, method=method, num_rows=config.contact_sheet_rows)
+            for path in sorted(Path(local).rglob("*")):
+                if path.is_file():
+                    files.write_bytes(folder.path(*path.relative_to(local).parts), path.read_bytes())
+            folder.commit({"name": name, "adapter": last.adapter})
         except BaseException:
             tracking.publish(lambda: parent.finish("FAILED"), patience_s=5)
             raise
-        method = "slerp" if "slerp" in config.methods else config.methods[0]
-        write_report(outcomes, method=method, num_rows=config.contact_sheet_rows)
-        for path in sorted(Path(local).rglob("*")):
-            if path.is_file():
-                files.write_bytes(folder.path(*path.relative_to(local).parts), path.read_bytes())
-        folder.commit({"name": name, "adapter": last.adapter})
 
         def record() -> None:
-            log_outcomes(outcomes, name, method, start=start, parent=parent)
+            log_outcomes(outcomes, name, method, start=start, parent=parent, children=children)
             parent.log_folder(local)
             parent.finish()
 
         tracking.publish(record)
-        print_report(Console(width=140), outcomes, method=method, chosen_on=job.alpha_is)
+        print_report(Console(width=140), outcomes, method=method)
         for written in submissions:
             say(f"for the test server: {folder.path(written)}")
     say(f"results: {folder.uri}\nMLflow: {parent.page}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -11,11 +12,15 @@ from PIL import Image
 from cir_core import files
 from cir_core.benchmarks import Benchmark
 from cir_core.evaluation import has_test_server, write_submission
+from cir_core.preprocessing import ImageError
 from cir_core.reporting import contact_sheet, plots
+from cir_core.schema import CirError
 from cir_core.shards import find_images, list_shards
 from jobs import tracking
+from jobs.decoding import fetch
 from jobs.retrieval_outcomes import Outcome, averaged, by_part, by_variant, flat_protocol, groups_of
 from jobs.retrieval_tables import SCENES_NOTE
+from jobs.session import say
 
 
 def per_query_columns(outcomes: Sequence[Outcome], method: str) -> dict[str, list[Any]]:
@@ -34,12 +39,15 @@ def per_query_columns(outcomes: Sequence[Outcome], method: str) -> dict[str, lis
     return columns
 
 
-def gallery_pictures(benchmark: Benchmark, wanted: frozenset[str]) -> dict[str, bytes]:
-    """Return the encoded pictures of some images; of a crop, what the encoder saw of the picture."""
-    if benchmark.images is not None:
-        found = benchmark.image_files(sorted(wanted))
-        return {name: _cut_out(benchmark, name, files.read_bytes(file.uri)) for name, file in found.items()}
-    return find_images(list_shards(benchmark.image_shards), wanted)
+def gallery_pictures(benchmark: Benchmark, wanted: frozenset[str]) -> Mapping[str, bytes | None]:
+    """Return the encoded pictures of some images, of a crop what the encoder saw of it; None for one that is gone."""
+    if benchmark.images is None:
+        return dict.fromkeys(wanted) | find_images(list_shards(benchmark.image_shards), wanted)
+    pictures: dict[str, bytes | None] = dict.fromkeys(wanted)
+    for name, file in benchmark.image_files(sorted(wanted), missing="skip").items():
+        with suppress(CirError, OSError, ImageError):
+            pictures[name] = _cut_out(benchmark, name, fetch(file.uri))
+    return pictures
 
 
 def _cut_out(benchmark: Benchmark, image_id: str, data: bytes) -> bytes:
@@ -53,7 +61,12 @@ def _cut_out(benchmark: Benchmark, image_id: str, data: bytes) -> bytes:
 
 def write_report(outcomes: Sequence[Outcome], *, method: str, num_rows: int) -> None:
     """Write each part's plot and contact sheet of one method, and all scores with their protocol, below the local folder."""
-    scores: list[dict[str, Any]] = []
+    scores = [score for held in by_part(outcomes) for outcome in held for score in _scores(outcome)]
+    for group in groups_of(outcomes).values():
+        for held in by_variant(group).values():
+            if held[0].results and len(held) > 1:
+                scores += [_mean_score(held, name) for name in held[0].chosen]
+    files.write_json(f"{outcomes[0].local}/scores.json", scores)
     for held in by_part(outcomes):
         first = held[0]
         note = SCENES_NOTE if first.benchmark.name == "scenes" else ""
@@ -65,12 +78,6 @@ def write_report(outcomes: Sequence[Outcome], *, method: str, num_rows: int) -> 
         pictures = gallery_pictures(first.benchmark, contact_sheet.image_ids_of(rows))
         sheet, protocol = f"{first.folder}/contact_sheet.html", flat_protocol(held[-1], method)
         contact_sheet.write_contact_sheet(sheet, title, rows, pictures, note=note, protocol=protocol)
-        scores += [score for outcome in held for score in _scores(outcome)]
-    for group in groups_of(outcomes).values():
-        for held in by_variant(group).values():
-            if held[0].results and len(held) > 1:
-                scores += [_mean_score(held, name) for name in held[0].chosen]
-    files.write_json(f"{outcomes[0].local}/scores.json", scores)
 
 
 def write_submissions(outcomes: Sequence[Outcome]) -> list[str]:
@@ -78,6 +85,9 @@ def write_submissions(outcomes: Sequence[Outcome]) -> list[str]:
     written = []
     for outcome in outcomes:
         if outcome.benchmark.has_targets or not has_test_server(outcome.benchmark):
+            continue
+        if left_out := len(outcome.part.reported.queries) - len(outcome.benchmark.queries):
+            say(f"no files for the test server: it wants every query, and {left_out} were left out")
             continue
         for method in outcome.chosen:
             place = f"{outcome.folder}/submissions/{outcome.variant.label.replace(' ', '_')}/{method}"
@@ -113,7 +123,7 @@ def _scores(outcome: Outcome) -> list[dict[str, Any]]:
             "metrics": result.metrics,
             "intervals": result.intervals,
             "not_applicable": result.not_applicable,
-            "protocol": result.protocol,
+            "protocol": result.protocol | {"alpha_is": outcome.alpha_is},
         }
         for (method, alpha), result in outcome.results.items()
     ]
@@ -128,6 +138,7 @@ def _mean_score(outcomes: Sequence[Outcome], method: str) -> dict[str, Any]:
         "method": method,
         "alpha": outcomes[0].chosen[method],
         "chosen": True,
+        "alpha_is": outcomes[0].alpha_is,
         "metrics": {name: mean for name, (mean, _, _) in means.items()},
         "intervals": {name: (low, high) for name, (_, low, high) in means.items()},
     }
@@ -140,42 +151,63 @@ def log_outcomes(
     *,
     start: Callable[..., tracking.Tracker],
     parent: tracking.Tracker,
+    children: dict[str, tracking.Tracker],
 ) -> None:
     """Log a child run for every part, encoder and method, and for means: parameters say what it is, metrics what it scored.
 
     A child's metrics are those at the reported alpha; its sweep is the curves `sweep/<metric>`, whose step is 100 x alpha.
+    children: the runs started so far, so that a second attempt goes on with them.
     The parent has the shown method's metrics with the last encoder, averaged over categories.
     """
     scored = [outcome for outcome in outcomes if outcome.results]
-    for outcome in scored:
-        for method in outcome.chosen:
-            about = _about(outcome, method) | {"part": outcome.part.label}
-            label = " ".join(filter(None, [outcome.part.label, method, outcome.variant.label]))
-            child = start(name=f"{name} {label}", parameters=about, parent=parent)
-            series = [
-                (round(100 * other), {f"sweep/{key}": value for key, value in result.metrics.items()})
-                for (one, other), result in sorted(outcome.results.items(), key=lambda item: item[0][1] or 0.0)
-                if one == method and other is not None
-            ]
-            child.log_series(series)
-            low, high = outcome.best(method).intervals[outcome.benchmark.headline]
-            child.log_metrics(outcome.best(method).metrics | {"headline_low": low, "headline_high": high})
-            child.finish()
-    for group, held in groups_of(scored).items():
-        for variant, parts in by_variant(held).items():
-            for method in parts[0].chosen if len(parts) > 1 else []:
-                about = _about(parts[0], method) | {"part": f"mean {group}".strip()}
-                for key in ("category", "task", "gallery_size", "store"):
-                    about.pop(key, None)
-                child = start(name=f"{name} mean {group} {method} {variant}", parameters=about, parent=parent)
-                child.log_metrics({key: mean for key, (mean, _, _) in averaged(parts, method).items()})
-                child.finish()
+    for label, about, series, metrics in [*_single_runs(scored), *_mean_runs(scored)]:
+        if label not in children:
+            children[label] = start(name=f"{name} {label}", parameters=about, parent=parent)
+        children[label].log_series(series)
+        children[label].log_metrics(metrics)
+        children[label].finish()
     for held in by_part(outcomes):
         table = per_query_columns(held, shown)
         parent.log_table(table, held[0].part.below("per_query") + ".json")
     if scored:
         last = list(by_variant(next(iter(groups_of(scored).values()))).values())[-1]
         parent.log_metrics({key: mean for key, (mean, _, _) in averaged(last, shown).items()})
+
+
+Child = tuple[
+    str, dict[str, Any], list[tuple[int, dict[str, float]]], dict[str, float]
+]  # label, parameters, sweep, metrics
+
+
+def _single_runs(outcomes: Sequence[Outcome]) -> Iterator[Child]:
+    for outcome in outcomes:
+        for method in outcome.chosen:
+            about = _about(outcome, method) | {"part": outcome.part.label}
+            by_alpha = {alpha: result for (name, alpha), result in outcome.results.items() if name == method}
+            series = [
+                (round(100 * alpha), {f"sweep/{key}": value for key, value in result.metrics.items()})
+                for alpha, result in by_alpha.items()
+                if alpha is not None
+            ]
+            best = outcome.best(method)
+            low, high = best.intervals[outcome.benchmark.headline]
+            label = " ".join(filter(None, [outcome.part.label, method, outcome.variant.label]))
+            yield label, about, series, best.metrics | {"headline_low": low, "headline_high": high}
+
+
+def _mean_runs(outcomes: Sequence[Outcome]) -> Iterator[Child]:
+    for group, held in groups_of(outcomes).items():
+        for variant, parts in by_variant(held).items():
+            for method in parts[0].chosen if len(parts) > 1 else ():
+                about = _about(parts[0], method) | {"part": f"mean {group}".strip()}
+                same = [_about(part, method) for part in parts]
+                about = {
+                    key: value
+                    for key, value in about.items()
+                    if key == "part" or all(o.get(key) == value for o in same)
+                }
+                metrics = {key: mean for key, (mean, _, _) in averaged(parts, method).items()}
+                yield f"mean {group} {method} {variant}".replace("  ", " "), about, [], metrics
 
 
 def _about(outcome: Outcome, method: str) -> dict[str, Any]:

@@ -87,19 +87,14 @@ def protocol_table(outcomes: Sequence[Outcome], method: str) -> Table:
     """Say what the scores depend on: what is common once, what differs with the encoder or part it belongs to."""
     table = _titled("protocol", show_header=False)
     several = {name: len({getter(item) for item in outcomes}) > 1 for name, getter in _AXES.items()}
-    lines: dict[str, dict[str, None]] = {}
-    for outcome in outcomes:
-        for key, value in flat_protocol(outcome, method).items():
-            lines.setdefault(key, {})[str(value)] = None
-    for key, values in lines.items():
-        if len(values) == 1:
-            table.add_row(key, next(iter(values)))
-            continue
+    protocols = [(outcome, flat_protocol(outcome, method)) for outcome in outcomes]
+    for key in dict.fromkeys(key for _, protocol in protocols for key in protocol):
         told: dict[str, None] = {}
-        for outcome in outcomes:
+        for outcome, protocol in protocols:
             of = " ".join(getter(outcome) for name, getter in _AXES.items() if several[name])
-            told[f"{of}: {flat_protocol(outcome, method).get(key, '')}"] = None
-        table.add_row(key, "\n".join(told))
+            told[f"{of}: {protocol.get(key, '')}"] = None
+        values = {str(protocol.get(key, "")) for _, protocol in protocols}
+        table.add_row(key, values.pop() if len(values) == 1 else "\n".join(told))
     return table
 
 
@@ -113,8 +108,8 @@ def _titled(title: str, *, show_header: bool = True) -> Table:
     return Table(title=title, title_justify="left", min_width=min(len(title) + 4, 130), show_header=show_header)
 
 
-def print_report(console: Console, outcomes: Sequence[Outcome], *, method: str, chosen_on: str) -> None:
-    """Print every group's scores with their protocol. chosen_on: says where alpha comes from."""
+def print_report(console: Console, outcomes: Sequence[Outcome], *, method: str) -> None:
+    """Print every group's scores with their protocol."""
     for held in groups_of(outcomes).values():
         if held[0].results:
             console.print(methods_table(held))
@@ -124,4 +119,4 @@ def print_report(console: Console, outcomes: Sequence[Outcome], *, method: str, 
                 console.print(differences)
     console.print(protocol_table(outcomes, method))
     note = SCENES_NOTE if outcomes[0].benchmark.name == "scenes" else ""
-    console.print(f"{chosen_on}. {note}", highlight=False)
+    console.print(f"{outcomes[0].alpha_is}. {note}", highlight=False)

@@ -71,7 +71,7 @@ def run(main: Callable[[], None]) -> None:
 
 def _leave(code: int, message: str) -> NoReturn:
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    print(_URI.sub(lambda found: redact(found[0]), message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

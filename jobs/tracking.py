@@ -15,7 +15,8 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from cir_core.schema import CirError
@@ -129,16 +130,22 @@ class Tracker:
             client = mlflow.MlflowClient(uri)
             if run_id is not None and _exists(client, run_id):
                 client.update_run(run_id, status="RUNNING")
-                return cls(uri, run_id)
+                return cls(uri, run_id)._located()
             nested = {"mlflow.parentRunId": parent.run_id} if parent else {}
             run = client.create_run(_experiment_id(client, experiment), run_name=name, tags={**_texts(tags), **nested})
             tracker = cls(uri, run.info.run_id)
             tracker.log_parameters(parameters)
+            tracker._located()
         except (MlflowException, OSError) as error:
             raise CirError(f"the tracking server at {public(uri)} refuses: {_reason(error)}") from None
         return tracker
 
-    @property
+    def _located(self) -> Self:
+        """Ask for the page once, while the server is known to answer."""
+        _ = self.page
+        return self
+
+    @cached_property
     def page(self) -> str:
         """Address of the run's page in the MLflow UI."""
         experiment_id = self.client.get_run(self.run_id).info.experiment_id
@@ -180,7 +187,9 @@ class Tracker:
         self.client.log_artifacts(self.run_id, local_folder, path)
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Log a table that the MLflow UI shows as one."""
+        """Log a table that the MLflow UI shows as one; one that is there stays, since MLflow would append to it."""
+        if name in {item.path for item in self.client.list_artifacts(self.run_id, name.rpartition("/")[0] or None)}:
+            return
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "For backward compatibility, 'str' dtypes")  # MLflow's use of pandas
             self.client.log_table(self.run_id, {key: list(values) for key, values in columns.items()}, name)
@@ -237,7 +246,7 @@ def publish(action: Callable[[], None], *, patience_s: float = 120.0) -> bool:
         try:
             action()
             return True
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, CirError) as error:  # a CirError of Tracker.start: the server refuses
             left = deadline - time.monotonic()
             if left <= 0:
                 say(f"warning: results are not in MLflow ({_reason(error)}); run the same command again to publish")

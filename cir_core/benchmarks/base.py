@@ -146,6 +146,7 @@ class Benchmark:
             if answered and not gone & {query.reference_id, *query.subset_ids}:
                 kept.append(replace(query, target_ids=targets))
         names = frozenset(query.query_id for query in kept)
+        images = (frozenset(self.gallery_ids) | {query.reference_id for query in kept}) - gone
         return replace(
             self,
             queries=tuple(kept),
@@ -163,6 +164,7 @@ class Benchmark:
                 if name in names
             },
             aspects={aspect: ids & names for aspect, ids in self.aspects.items()},
+            crops={name: crop for name, crop in self.crops.items() if name in images},
         )
 
     def ranked_sizes(self) -> tuple[int, ...]:

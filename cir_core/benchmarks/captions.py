@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from cir_core import files
 from cir_core.benchmarks.annotations import Row
+from cir_core.benchmarks.query_files import iter_lines
 from cir_core.schema import CirError
 
 
@@ -16,7 +17,7 @@ def read_captions(uri: str) -> dict[str, str]:
     An empty caption counts as none. Raises CirError naming the row for anything else and for an id listed twice.
     """
     found: dict[str, str] = {}
-    for row in _parquet_rows(uri) if uri.lower().endswith(".parquet") else _json_rows(uri):
+    for row in _parquet_rows(uri) if files.redact(uri).lower().endswith(".parquet") else _json_rows(uri):
         name = row.name("id")
         if name in found:
             raise CirError(f"{row.where}: image {name!r} has a caption already")
@@ -28,7 +29,7 @@ def read_captions(uri: str) -> dict[str, str]:
 
 def _json_rows(uri: str) -> Iterator[Row]:
     with files.open_stream(uri) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter_lines(stream, files.redact(uri)), start=1):
             where = f"{files.redact(uri)}, line {number}"
             if not line.strip():
                 continue
@@ -46,7 +47,7 @@ def _parquet_rows(uri: str) -> Iterator[Row]:
         for name in ("id", "caption"):
             if name not in file.schema_arrow.names:
                 raise CirError(f"{files.redact(uri)}: no column {name!r}; it has {file.schema_arrow.names}")
-        number = 0
+        number = 1
         for batch in file.iter_batches(columns=["id", "caption"]):
             for value in batch.to_pylist():
                 yield Row(f"{files.redact(uri)}, row {number}", value)

@@ -5,7 +5,7 @@
 How a saved ranking of them is scored again, on any machine:
 
     benchmark = load_benchmark("custom", "queries.jsonl", gallery="s3://bucket/store")
-    evaluate(load_ranking("part-00000.parquet")[0.8], benchmark)
+    evaluate(load_ranking("part-00000.parquet")[0.8], benchmark)  # with all queries answered in one part
 """
 
 from __future__ import annotations

@@ -199,14 +199,14 @@ def _rows(uri: str) -> Iterator[_Row]:
         return
     with files.open_stream(uri) as stream:
         name = files.redact(uri)
-        yield from _jsonl_rows(_lines(stream, name), name, 1, 0)
+        yield from _jsonl_rows(iter_lines(stream, name), name, 1, 0)
 
 
 def _is_parquet(uri: str) -> bool:
     return files.redact(uri).endswith(".parquet")
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
+def iter_lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
     """Yield the lines of a stream without their line ends, reading blocks: not every file system can read lines."""
     rest = b""
     while data := stream.read(_READ_BYTES):

@@ -1,6 +1,7 @@
 """A benchmark less some images, captions of gallery images, and galleries composed with them."""
 
 import json
+import uuid
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cir_core.benchmarks import Benchmark, read_captions
+from cir_core import files
+from cir_core.benchmarks import Benchmark, Crop, read_captions
 from cir_core.composition import compose_gallery, slerp
 from cir_core.evaluation import evaluate
 from cir_core.schema import CirError, Query, Ranking
@@ -61,6 +63,12 @@ def test_an_annotated_target_or_subset_member_takes_its_query_along():
     assert left.aspects == {"negation": frozenset({"untouched"})}
 
 
+def test_crops_of_images_that_left_go_with_them():
+    crops = {name: Crop(0, 0, 5, 5) for name in "abc"}
+    left = benchmark(QUERIES, crops=crops).without_images(["a"])
+    assert set(left.crops) == {"b", "c"}
+
+
 def test_what_is_left_is_scored_and_says_so():
     left = benchmark(QUERIES).without_images(["a"])
     lists = np.array([["c", "b", "d"], ["b", "c", "d"]])
@@ -80,6 +88,12 @@ def test_captions_are_read_from_both_formats(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), table)
     expected = {"a": "a red\ncircle", "b": "", "7": "größer"}
     assert read_captions(str(lines)) == read_captions(str(table)) == expected
+
+
+def test_captions_are_read_from_any_file_system():
+    uri = f"memory://captions-{uuid.uuid4()}/captions.jsonl"
+    files.write_bytes(uri, b'{"id": "a", "caption": "x"}\n{"id": "b", "caption": "y"}')
+    assert read_captions(uri) == {"a": "x", "b": "y"}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +121,7 @@ def test_faulty_caption_tables_are_named(tmp_path):
     with pytest.raises(CirError, match="no column 'caption'; it has"):
         read_captions(str(path))
     pq.write_table(pa.table({"id": ["a"], "caption": [None]}), path)
-    with pytest.raises(CirError, match="row 0: 'caption' must be a string"):
+    with pytest.raises(CirError, match="row 1: 'caption' must be a string"):
         read_captions(str(path))
 
 

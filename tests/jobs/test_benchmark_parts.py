@@ -57,6 +57,7 @@ def test_alpha_is_chosen_on_another_split_unless_it_is_given(fashion):
     assert [(part.label, part.group) for part in parts] == [("dress", ""), ("shirt", "")]
     assert all(part.selected is part.reported for part in parts)
     assert [part.selected for part in find_parts(config(fashion, alpha=0.8))] == [None, None]
+    assert [part.selected for part in find_parts(config(fashion, methods=["text_only"]))] == [None, None]
     assert parts[0].below("runs") == "runs/dress"
 
 
@@ -66,6 +67,8 @@ def test_mistakes_in_what_is_asked_for(fashion, tmp_path):
         ({"k": 40}, "--k 40 is too short .* use at least 50"),
         ({"select_split": "test"}, "test"),
         ({"protocol": {"category": "dres"}}, "did you mean 'dress'"),
+        ({"protocol": {"categry": "dress"}}, "did you mean 'category'"),
+        ({"protocol": {"category": "dress", "split": "val"}}, "unknown option 'split' of fashioniq"),
         ({"gallery_ids": str(tmp_path / "ids.txt")}, "ids.txt"),
     ):
         with pytest.raises(CirError, match=message):
@@ -128,3 +131,15 @@ def test_a_composed_gallery_needs_captions(fashion):
     texts = {picture.key: picture.caption for unit in sources.sources[0].units for picture in unit.pictures}
     assert texts["B07"] == "a dress"
     assert {text for name, text in texts.items() if name != "B07"} == {""}
+    assert sources.captioned(reported) == {"gallery_captioned": 1}
+    with pytest.raises(CirError, match="does nothing without --gallery_alpha"):
+        ImageSources(config(fashion, gallery_captions=str(fashion / "captions.jsonl")))
+    (fashion / "captions.jsonl").write_text('{"id": "B07.png", "caption": "a dress"}\n')
+    wrong = ImageSources(config(fashion, gallery_alpha=0.2, gallery_captions=str(fashion / "captions.jsonl")))
+    with pytest.raises(CirError, match="none of its ids is an image of"):
+        wrong.add(reported)
+
+
+def test_labels_that_would_share_a_folder_are_refused():
+    with pytest.raises(CirError, match="would share a folder"):
+        combinations("domain_conversion", {"text": ["a {domain} of", "a-{domain} of"]})

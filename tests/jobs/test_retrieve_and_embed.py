@@ -140,8 +140,13 @@ def test_scores_do_not_depend_on_shards_and_are_rescored_from_disk(servers, benc
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"alpha.png", "contact_sheet.html", "per_query.json", "scores.json", "rankings"} <= artifacts
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    curve = client.get_metric_history(children[0].info.run_id, "slerp/recall_at_10")
+    (slerp,) = [child for child in children if child.data.params["method"] == "slerp"]
+    curve = client.get_metric_history(slerp.info.run_id, "sweep/recall_at_10")
     assert sorted(item.step for item in curve) == list(range(0, 101, 10))
+    (chosen,) = [row for row in scores[1] if row["method"] == "slerp" and row["chosen"]]
+    assert float(slerp.data.params["alpha"]) == chosen["alpha"]
+    assert slerp.data.metrics["recall_at_10"] == chosen["metrics"]["recall@10"]
+    assert slerp.data.params["alpha_is"] == "alpha chosen on split 'val'"
 
 
 def test_a_gallery_with_an_unreadable_image_is_refused(servers, tiny_model_dir, tmp_path):
@@ -206,7 +211,11 @@ def test_vit_b_32_goes_through_all_three_jobs(servers, vit_b_32, benchmark_root,
         ("batch_retrieve", ["--methods", "[slurp]"], "slerp"),
         ("batch_retrieve", ["--experiment", "empty"], "no finished tat_train run"),
         ("batch_retrieve", ["--adapter", "none", "--k", "5"], "--k 5"),
-        ("batch_retrieve", ["--protocol", '{"referense": "kept"}', "--adapter", "none"], "referense"),
+        ("batch_retrieve", ["--protocol", '{"referense": "kept"}', "--adapter", "none"], "did you mean 'reference'"),
+        ("batch_retrieve", ["--protocol", '{"split": "val"}', "--adapter", "none"], "unknown option 'split' of scenes"),
+        ("batch_retrieve", ["--benchmark", "cirr", "--adapter", "none"], "--root is needed"),
+        ("batch_retrieve", ["--queries", "q.jsonl"], "--queries does nothing with --benchmark scenes"),
+        ("batch_retrieve", ["--gallery_captions", "c.jsonl", "--adapter", "none"], "without --gallery_alpha"),
     ],
 )
 def test_mistakes_are_found_before_work_starts(servers, pairs, job, given, message):
