@@ -87,7 +87,8 @@ class Servers:
 def servers(tmp_path_factory):
     """Start both servers once; stop them after the last test."""
     home = tmp_path_factory.mktemp("servers")
-    env = {**os.environ, "CIR_RUN_DIR": str(home / "run")}
+    # Workers that have imported torch are kept for the next test: a start costs 20 seconds of a core.
+    env = {**os.environ, "CIR_RUN_DIR": str(home / "run"), "RAY_num_workers_soft_limit": "8"}
     subprocess.run([sys.executable, str(CLUSTER), "up"], env=env, check=True, timeout=600)
     state = json.loads((home / "run" / "cluster.json").read_text())
     storage = home / "storage"

@@ -195,18 +195,6 @@ def test_fashioniq_with_its_real_annotations(servers, annotations, tiny_model_di
     assert (folder / "toptee-original" / "contact_sheet.html").exists()
 
 
-def test_genecis_with_its_real_annotations(servers, annotations, tiny_model_dir, tmp_path):
-    shutil.copytree(annotations / "genecis", tmp_path, dirs_exist_ok=True)
-    for task in ("focus_object", "change_object"):
-        benchmark = load_benchmark("genecis", tmp_path, task=task)
-        draw_all(benchmark, tmp_path / "val2017", ".jpg")
-    protocol = '{"task": ["focus_object", "change_object"]}'
-    done, folder = run(servers, "genecis", tmp_path, tiny_model_dir, "genecis", *ONE, "--protocol", protocol)
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected = naive_metrics(benchmark, load_encoder(f"local-dir:{tiny_model_dir}"), 0.8)
-    assert scores_of(folder, part="change_object")["metrics"] == pytest.approx(expected, abs=1.1 / 1960)
-
-
 def test_genecis_crops_are_embedded_not_whole_pictures(servers, tiny_model_dir, tmp_path):
     boxes = [{"image_id": number, "instance_bbox": [3 * number, 2, 20, 30]} for number in range(1, 9)]
     other = {"image_id": 1, "instance_bbox": [30, 0, 25, 12]}
@@ -279,20 +267,6 @@ def test_circo_with_a_composed_gallery(servers, circo, tiny_model_dir):
     assert found["metrics"] != pytest.approx(naive_metrics(val, encoder, 0.8))
     assert found["not_applicable"]
     assert found["protocol"]["ranking"]["gallery_alpha"] == 0.4
-
-
-def test_domain_conversion(servers, tiny_model_dir, tmp_path):
-    for name in ("real/n01/a.JPEG", "real/n01/b.JPEG", "real/n02/c.JPEG"):
-        draw(tmp_path / name)
-    for label in ("n01", "n02"):
-        for domain in ("cartoon", "origami", "toy", "sculpture", "sketch"):
-            for number in range(8):
-                draw(tmp_path / "imagenet-r" / label / f"{domain}_{number}.jpg")
-    done, folder = run(servers, "domain_conversion", tmp_path, tiny_model_dir, "domains", *ONE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    benchmark = load_benchmark("domain_conversion", tmp_path)
-    expected = naive_metrics(benchmark, load_encoder(f"local-dir:{tiny_model_dir}"), 0.8)
-    assert scores_of(folder)["metrics"] == pytest.approx(expected)
 
 
 def test_pictures_that_are_missing_or_unreadable_are_left_out_on_request(servers, circo, tiny_model_dir):
