@@ -299,7 +299,8 @@ def test_the_names_of_ray_s_and_mlflow_s_variables_exist():
 
     known = {constants.ENABLE_PRINT_PATCH_ENV_VAR, constants.V2_ENABLED_ENV_VAR}
     known |= {name for name in dir(environment_variables) if name.startswith("MLFLOW_")}
-    source = Path(data_logging.__file__).read_text() + Path(ray.data.context.__file__).read_text()
+    modules = (data_logging, ray.data.context, ray._private.worker)
+    source = "".join(Path(module.__file__).read_text() for module in modules)
     for name in session._ENVIRONMENT:
         assert name in known or name in source, name
 
