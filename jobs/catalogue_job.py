@@ -17,6 +17,7 @@ from cir_core.benchmarks.custom import metrics_up_to
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.evaluation import total_scores
 from cir_core.schema import CirError
+from cir_core.shards import list_shards
 from jobs import tracking
 from jobs.catalogue import CatalogueRun, EncoderChoice, PartPipeline, QueryEncoder, label
 from jobs.catalogue_checks import CheckedQueries, check_queries
@@ -99,6 +100,9 @@ def _inputs(config: BatchRetrieveConfig) -> tuple[list[str], EmbeddingStore, boo
     store = EmbeddingStore.open(absolute(config.gallery))
     if store.num_rows < 2:
         raise CirError(f"{public(store.uri)}: holds {store.num_rows} images; a search needs at least two")
+    images = absolute(config.gallery_images) if config.gallery_images else ""
+    if images and not files.is_folder(images):
+        list_shards(images)  # raises for what is neither
     if config.gallery_alpha and "caption_embedding" not in store.manifest.columns:
         raise CirError(
             f"--gallery_alpha: {public(store.uri)} holds no embeddings of captions; make it with embed.py --captions embed"

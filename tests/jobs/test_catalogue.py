@@ -272,6 +272,7 @@ def test_a_query_with_subset_ids_ranks_only_those(servers, shop, tiny_model_dir,
         ([{}], ("--protocol", '{"referense": "kept"}'), "did you mean 'reference'"),
         ([{}], ("--queries", ""), "--queries is needed"),
         ([{}], ("--split", "test"), "--split does nothing with --benchmark custom"),
+        ([{}], ("--gallery_images", "/nowhere"), "/nowhere"),
     ],
 )
 def test_mistakes_are_found_before_work_starts(servers, shop, make_tiny_model_dir, tmp_path, rows, more, message):
