@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import json
 import os
 import socket
@@ -59,8 +60,12 @@ def default_port(name: str) -> int:
 
 
 def free_port(name: str) -> int:
-    """Return the default port of a server, or a free one, saying so, when another process has it."""
-    for port in (default_port(name) if name in PORTS else 0, 0):
+    """Return the default port of a server, or the next free one, saying so, when another process has it.
+
+    One that the system picks (0) comes last: Ray takes ports from the same range while the other server is starting.
+    """
+    first = default_port(name) if name in PORTS else 0
+    for port in (*range(first, min(first + 50, 65536)), 0) if first else (0,):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -77,7 +82,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as reply:  # noqa: S310 - our own http:// addresses
             return bool(reply.status == 200)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # the last: something that speaks another protocol
         return False
 
 

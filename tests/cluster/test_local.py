@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,3 +303,26 @@ def test_up_and_down(home, monkeypatch):
         if process.pid not in before and local_cluster.running(process):
             with contextlib.suppress(ProcessLookupError):
                 assert os.getsid(process.pid) not in sessions, process
+
+
+def test_a_port_of_another_protocol_is_no_answer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def reply() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00 as gRPC greets\r\n\r\n")
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        assert not local_cluster.answers(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        thread.join()
+
+
+def test_the_next_port_is_taken_when_the_default_is_in_use(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setenv("CIR_MLFLOW_PORT", str(taken))
+        assert taken < local_cluster.free_port("mlflow") <= taken + 50
+    assert f"port {taken} (mlflow) is in use" in capsys.readouterr().out
