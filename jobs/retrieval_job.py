@@ -175,12 +175,12 @@ class RetrievalRun:
                     )
             for part, benchmark, results in reported:
                 chosen = choose(chosen_on[part.group], benchmark.headline) if part.selected else self._given()
-                found.append(Outcome(part, benchmark, variant, results, chosen, self.alpha_is, local))
+                found.append(Outcome(part, benchmark, variant, results, chosen, self.alpha_source, local))
             say(f"searched with {variant.label}: {variant.info.adapter or variant.info.model}")
         return found
 
     @property
-    def alpha_is(self) -> str:
+    def alpha_source(self) -> str:
         """Where the reported alpha comes from."""
         if self.config.alpha is not None:
             return f"alpha {self.config.alpha:g} as given"

@@ -26,7 +26,7 @@ class Outcome:
     """One variant's scores on one part, and the alpha reported for each method.
 
     benchmark: what was scored: the part's, less what was to be left out. results: empty where answers are not public.
-    alpha_is: where the alphas in `chosen` come from. local: the folder below which its files lie until they are published.
+    alpha_source: where the alphas in `chosen` come from. local: the folder below which its files lie until they are published.
     """
 
     part: Part
@@ -34,7 +34,7 @@ class Outcome:
     variant: Variant
     results: dict[Setting, EvaluationResult]
     chosen: dict[str, float | None]
-    alpha_is: str
+    alpha_source: str
     local: str
 
     @property
@@ -106,4 +106,4 @@ def flat_protocol(outcome: Outcome, method: str) -> dict[str, object]:
         protocol["ranking"] = made
     ranking = protocol.pop("ranking")
     made = dict(ranking) if isinstance(ranking, Mapping) else {}
-    return protocol | {"alpha_is": outcome.alpha_is} | made
+    return protocol | {"alpha_source": outcome.alpha_source} | made

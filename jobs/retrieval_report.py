@@ -123,7 +123,7 @@ def _scores(outcome: Outcome) -> list[dict[str, Any]]:
             "metrics": result.metrics,
             "intervals": result.intervals,
             "not_applicable": result.not_applicable,
-            "protocol": result.protocol | {"alpha_is": outcome.alpha_is},
+            "protocol": result.protocol | {"alpha_source": outcome.alpha_source},
         }
         for (method, alpha), result in outcome.results.items()
     ]
@@ -138,7 +138,7 @@ def _mean_score(outcomes: Sequence[Outcome], method: str) -> dict[str, Any]:
         "method": method,
         "alpha": outcomes[0].chosen[method],
         "chosen": True,
-        "alpha_is": outcomes[0].alpha_is,
+        "alpha_source": outcomes[0].alpha_source,
         "metrics": {name: mean for name, (mean, _, _) in means.items()},
         "intervals": {name: (low, high) for name, (_, low, high) in means.items()},
     }

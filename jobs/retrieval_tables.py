@@ -119,4 +119,4 @@ def print_report(console: Console, outcomes: Sequence[Outcome], *, method: str) 
                 console.print(differences)
     console.print(protocol_table(outcomes, method))
     note = SCENES_NOTE if outcomes[0].benchmark.name == "scenes" else ""
-    console.print(f"{outcomes[0].alpha_is}. {note}", highlight=False)
+    console.print(f"{outcomes[0].alpha_source}. {note}", highlight=False)

@@ -40,7 +40,6 @@ DEFAULT_URI = "http://127.0.0.1:5000"
 _BATCH = 1000  # metrics per request, MLflow's own limit
 _STORES = ("sqlite", "postgresql", "mysql", "mssql", "file")  # schemes of stores that are opened without a server
 _SYSTEM_EVERY_S = 5.0
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on the runs, not on traces
 _logger = logging.getLogger(__name__)
 
 
@@ -217,7 +216,7 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, tags=_KIND))
+            return str(client.create_experiment(name))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

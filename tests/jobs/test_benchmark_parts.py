@@ -52,7 +52,7 @@ def config(folder: Path, **changes):
     return BatchRetrieveConfig(**{**given, **changes})
 
 
-def test_alpha_is_chosen_on_another_split_unless_it_is_given(fashion):
+def test_alpha_source_chosen_on_another_split_unless_it_is_given(fashion):
     parts = find_parts(config(fashion))
     assert [(part.label, part.group) for part in parts] == [("dress", ""), ("shirt", "")]
     assert all(part.selected is part.reported for part in parts)

@@ -146,7 +146,7 @@ def test_scores_do_not_depend_on_shards_and_are_rescored_from_disk(servers, benc
     (chosen,) = [row for row in scores[1] if row["method"] == "slerp" and row["chosen"]]
     assert float(slerp.data.params["alpha"]) == chosen["alpha"]
     assert slerp.data.metrics["recall_at_10"] == chosen["metrics"]["recall@10"]
-    assert slerp.data.params["alpha_is"] == "alpha chosen on split 'val'"
+    assert slerp.data.params["alpha_source"] == "alpha chosen on split 'val'"
 
 
 def test_a_gallery_with_an_unreadable_image_is_refused(servers, tiny_model_dir, tmp_path):
