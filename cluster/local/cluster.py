@@ -71,7 +71,8 @@ def free_port(name: str) -> int:
             try:
                 probe.bind((HOST, port))
             except OSError:
-                print(f"port {port} ({name}) is in use by another program; taking another one", flush=True)
+                if port == first:
+                    print(f"port {port} ({name}) is in use by another program; taking another one", flush=True)
                 continue
             return int(probe.getsockname()[1])
     raise StartError(f"no free port on {HOST} for {name}")
