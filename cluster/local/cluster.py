@@ -159,13 +159,15 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
     env = {**os.environ, **extra_env, MARK: mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    state[name] = {"pid": 0, "started": 0.0, "mark": mark, "ready": ready, **about}
+    save_state(state)  # before it starts: a killed `up` leaves nothing that `down` cannot find by its mark
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     started = psutil.Process(process.pid).create_time()
     state[name] = {"pid": process.pid, "started": started, "mark": mark, "ready": ready, **about}
-    save_state(state)  # before it answers: a killed `up` leaves nothing that `down` does not know
+    save_state(state)
 
 
 def finish_start(state: dict[str, Record], name: str) -> None:

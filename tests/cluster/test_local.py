@@ -240,6 +240,28 @@ def test_a_killed_up_leaves_nothing_that_down_does_not_know(home):
     assert started_by(home) == []
 
 
+def test_a_server_is_known_before_it_starts(home, monkeypatch):
+    """`up` killed right after the start of a server, before it has learnt its pid."""
+    real, started = subprocess.Popen, []
+
+    def killed_after(*args, **options):
+        started.append(real(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_cluster.subprocess, "Popen", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        local_cluster.start(
+            {}, "server", ["sleep", "600"], {}, {"url": "http://127.0.0.1:9"}, ready="http://127.0.0.1:9"
+        )
+    monkeypatch.undo()
+    monkeypatch.setenv("CIR_RUN_DIR", str(home))
+    try:
+        local_cluster.stop("server", state(home)["server"])
+        assert started[0].wait(timeout=10)
+    finally:
+        started[0].kill()
+
+
 @pytest.mark.slow
 def test_up_and_down(home, monkeypatch):
     """One Ray head and one MLflow server through their life: busy ports, reuse, a killed head, down."""
