@@ -1,0 +1,218 @@
+"""How a URI is reached: its file system, errors in our words, and another try where one may help."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar, cast
+from urllib.parse import quote
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import tenacity
+
+from cir_core.files.uris import is_local, join, local_path, redact, scrub, split
+from cir_core.schema import CirError
+
+ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
+WEB_SCHEMES = frozenset({"http", "https"})
+_MISSING = ("NO_SUCH_BUCKET", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "Bucket does not exist", "not found")
+_REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
+# Answers that the same request will get again; 408 and 429 ask for another try.
+_FINAL = re.compile(r"HTTP status (?!408|429)(3\d\d|4\d\d)|INVALID_PARAMETER|INVALID_URI|METHOD_NOT_ALLOWED")
+_CLIENTS = ("aiohttp", "botocore", "http", "urllib3")  # libraries under fsspec whose errors are no OSError
+_logger = logging.getLogger("cir_core.files")
+_patience: ContextVar[float] = ContextVar("patience", default=180.0)
+_T = TypeVar("_T")
+
+
+class StorageError(OSError):
+    """A failure that another try may mend: the network's, or a store's that is busy or away."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of a listing. name: its path below the listed folder, literally. modified_ns: 0 where the store is silent."""
+
+    uri: str
+    size_bytes: int
+    name: str
+    modified_ns: int
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Set for how long a failing store is tried again inside the block, in this thread; 180 s otherwise.
+
+    Short while a user waits for a first check of what was typed; long once there is work that an outage would waste.
+    """
+    token = _patience.set(seconds)
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+def attempt(uri: str, action: Callable[[], _T]) -> _T:
+    """Do something at `uri`, again and again while it fails as it may pass; local failures are final.
+
+    Raises:
+        CirError: it is not there, or not for us; asking again would not help.
+        StorageError: it still failed when the patience ended.
+    """
+
+    def once() -> _T:
+        with clear_errors(uri):
+            return action()
+
+    if is_local(uri):
+        return once()
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(StorageError),
+        wait=tenacity.wait_random_exponential(multiplier=0.25, max=10),
+        stop=tenacity.stop_after_delay(_patience.get()),
+        before_sleep=_tell,
+        reraise=True,
+    )
+    return retrying(once)
+
+
+def _tell(state: tenacity.RetryCallState) -> None:
+    number = state.attempt_number
+    if number >= 4 and number.bit_count() == 1 and state.outcome is not None:  # the 4th, 8th, 16th failure in a row
+        _logger.warning("%s; attempt %d failed, trying again", state.outcome.exception(), number)
+
+
+@contextmanager
+def clear_errors(uri: str) -> Iterator[None]:
+    """Turn what a user can mend into CirError naming the URI, the rest into OSError; scrub the text of both."""
+    name = redact(uri)
+    try:
+        yield
+    except StorageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if split(uri).scheme in WEB_SCHEMES and (answer := _web_answer(error)) not in (None, 404, 410):
+            raise _web_error(name, answer) from None
+        raise CirError(f"{name}: no such file, folder or bucket; check the path") from None
+    except IsADirectoryError:
+        raise CirError(f"{name}: is a folder, expected a file") from None
+    except PermissionError as error:
+        raise CirError(f"{name}: access refused ({scrub(str(error), uri)}); check the permissions") from None
+    except OSError as error:
+        raise _worded(error, uri) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        raise StorageError(f"{name}: {type(error).__name__} {scrub(str(error), uri)}") from None
+
+
+def _worded(error: OSError, uri: str) -> Exception:
+    name, text = redact(uri), scrub(str(error), uri)
+    if any(mark in text for mark in _REFUSED):
+        return CirError(f"{name}: access refused ({text}); check the credentials")
+    if any(mark in text for mark in _MISSING):
+        return CirError(f"{name}: no such file, folder or bucket ({text})")
+    if is_local(uri):
+        return OSError(error.errno, f"{name}: {text}")
+    if _FINAL.search(text):
+        return CirError(f"{name}: the store refuses the request ({text}); check endpoint, region and name")
+    return StorageError(error.errno, f"{name}: {text}")
+
+
+def _web_answer(error: OSError) -> int | None:
+    """Return the HTTP status behind fsspec's FileNotFoundError; 0 where no answer came, None where there is no telling."""
+    cause = error.__cause__ or error.__context__
+    return int(getattr(cause, "status", 0)) if cause is not None else None
+
+
+def _web_error(name: str, status: int | None) -> Exception:
+    if status in (401, 403):
+        return CirError(f"{name}: access refused (HTTP {status})")
+    if status and 400 <= status < 500 and status not in (408, 429):
+        return CirError(f"{name}: the server refuses the request (HTTP {status})")
+    return StorageError(f"{name}: {f'HTTP {status}' if status else 'no answer'}")
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the file system that holds `uri` and the path of `uri` in it.
+
+    Clients of object stores are kept and shared inside a process. Raises CirError for a scheme nothing opens.
+    """
+    parts = split(uri)
+    if parts.scheme in ("", "file"):
+        return pafs.LocalFileSystem(), str(local_path(uri))
+    with clear_errors(uri):
+        try:
+            if parts.scheme in ARROW_SCHEMES:
+                opened, root = _arrow_filesystem(f"{parts.scheme}://{_quoted_netloc(parts.netloc)}/{parts.query}")
+                return opened, f"{root.rstrip('/')}/{parts.path}".rstrip("/") if parts.path else root
+            opened, path = fsspec.core.url_to_fs(uri)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError) as error:
+            detail = scrub(str(error), uri)
+            raise CirError(
+                f"{redact(uri)}: cannot open this kind of URI ({detail}); use a local path, s3://, gs://, "
+                "abfs:// or a scheme that an installed fsspec package provides"
+            ) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(opened)), path
+
+
+def _quoted_netloc(netloc: str) -> str:
+    userinfo, at, host = netloc.rpartition("@")
+    return quote(userinfo, safe=":%") + at + host
+
+
+@lru_cache(maxsize=64)
+def _arrow_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
+    return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(root_uri))
+
+
+def _info(uri: str) -> pafs.FileInfo:
+    opened, path = filesystem(uri)
+    return attempt(uri, lambda: opened.get_file_info(path))
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there. A refused access or a failing network raises."""
+    return bool(_info(uri).type != pafs.FileType.NotFound)
+
+
+def is_folder(uri: str) -> bool:
+    """Whether `uri` is a folder (for an object store: whether any key lies under it)."""
+    return bool(_info(uri).type == pafs.FileType.Directory)
+
+
+def size_bytes(uri: str) -> int:
+    """Return the size of a file in bytes."""
+    info = _info(uri)
+    if info.type == pafs.FileType.NotFound:
+        raise CirError(f"{redact(uri)}: no such file, folder or bucket; check the path")
+    if info.type == pafs.FileType.Directory or info.size is None:
+        raise CirError(f"{redact(uri)}: is not a file with a known size")
+    return int(info.size)
+
+
+def list_files(uri: str, recursive: bool = True) -> list[StoredFile]:
+    """Return the files of a folder with their sizes in bytes, sorted by name; each URI opens as it stands."""
+    opened, path = filesystem(uri)
+
+    def listed() -> list[pafs.FileInfo]:
+        if opened.get_file_info(path).type == pafs.FileType.File:
+            raise NotADirectoryError(path)
+        return cast(list[pafs.FileInfo], opened.get_file_info(pafs.FileSelector(path, recursive=recursive)))
+
+    base = path.strip("/") + "/"
+    found = [info for info in attempt(uri, listed) if info.type == pafs.FileType.File]
+    entries = sorted((_below(base, info.path), int(info.size), int(info.mtime_ns or 0)) for info in found)
+    return [StoredFile(join(uri, name), size, name, modified) for name, size, modified in entries]
+
+
+def _below(base: str, path: str) -> str:
+    path = path.lstrip("/")
+    return path[len(base) :] if path.startswith(base) else path
