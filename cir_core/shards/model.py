@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cir_core import files
 from cir_core.schema import CirError, Reject
 
+_T = TypeVar("_T")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_SAMPLE_BYTES = 64 << 20
 """Largest image, and largest caption file, that is read; a larger one is rejected, which bounds memory."""
@@ -24,6 +26,10 @@ REJECT_REASONS = {
     "missing_key": "the row has no key",
     "empty_image": "the image has zero bytes",
     "duplicate_key": "an earlier sample of the shard has the same key",
+    "missing_uri": "the row of a list has no URI",
+    "unsafe_uri": "the URI names a place that its list may not send anyone to, or is not UTF-8",
+    "bad_row": "the row of a CSV has more or fewer cells than its header",
+    "missing": "the picture is not there (any more), or access is refused",
     "bad_caption_encoding": "the caption is not UTF-8",
     "bad_json": "the .json is not a JSON object, or its caption is not a string",
     "unsafe_path": "the name is absolute, climbs with '..', or is not UTF-8",
@@ -48,9 +54,10 @@ class Slice:
     """A run of `num_rows` consecutive samples that can be read alone, from row `first_row` of the shard on.
 
     offset, length: the byte range of a tar; the first row group and the number of row groups of a Parquet
-    file; the position in the listing and the number of files of an image folder.
+    file; the position in the listing and the number of files of an image folder; the bytes of a CSV list, the
+    first row and the number of rows of a Parquet list.
     skip: positions, among the rows of this range, of duplicates, which cannot be told from the range alone.
-    files: for an image folder, the paths in it.
+    files: for an image folder, the paths in it. links: the rows name images that lie elsewhere (see `uri_list`).
     """
 
     shard: str
@@ -60,6 +67,7 @@ class Slice:
     num_rows: int
     skip: tuple[int, ...] = ()
     files: tuple[str, ...] = ()
+    links: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,7 @@ class SliceBuilder:
             self._rows = 0
 
 
-def check_count(part: Slice, samples: Iterator[Sample]) -> Iterator[Sample]:
+def check_count(part: Slice, samples: Iterator[_T]) -> Iterator[_T]:
     """Pass samples on; raise CirError if they are not as many as the slice promises."""
     count = 0
     for sample in samples:

@@ -76,20 +76,20 @@ def parquet_rows(shard: ParquetShard, row_groups: Iterable[int], *, load: bool) 
 
 
 def _batch_rows(shard: ParquetShard, batch: pa.RecordBatch, group: int, *, load: bool) -> Iterator[Row]:
-    keys = _raw(batch.column(shard.key))
+    keys = raw_text(batch.column(shard.key))
     top, _, inner = shard.image.partition(".")
     images = batch.column(top)
     if inner:
         images = pc.struct_field(images, inner)
     sizes = pc.binary_length(images).to_pylist()
-    captions = _raw(batch.column(shard.caption)) if shard.caption else [None] * len(keys)
+    captions = raw_text(batch.column(shard.caption)) if shard.caption else [None] * len(keys)
     for index, (key, size, caption) in enumerate(zip(keys, sizes, captions, strict=True)):
         image = None if size is None else images[index].as_py() if load else b""
         name, problem = _key(key)
         yield Row(name, group, group + 1, image, size or 0, caption, problem=problem)
 
 
-def _raw(column: pa.Array) -> list[bytes | None]:
+def raw_text(column: pa.Array) -> list[bytes | None]:
     """Return text as the stored bytes: Parquet readers do not check that a string is UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

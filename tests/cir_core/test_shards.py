@@ -533,20 +533,24 @@ def test_image_folder(tmp_path):
     uri = tmp_path.as_uri()
     assert [file.name for file in shards.list_images(uri)] == ["a/1.png", "b.JPG", "c d.webp", "e.jpg"]
     index = shards.index_image_folder(uri, 1)
-    assert [(r.key, r.reason) for r in index.rejects] == [
-        ("a/1.png", "bad_caption_encoding"),
-        ("e.jpg", "empty_image"),
-    ]
-    samples = [sample for part in index.slices for sample in shards.read_slice(part, require_caption=False)]
+    assert [(r.key, r.reason) for r in index.rejects] == [("e.jpg", "empty_image")]
+    rows = [row for part in index.slices for row in shards.read_slice_rows(part, require_caption=False)]
+    samples = [row for row in rows if isinstance(row, Sample)]
     assert [(s.key, s.row, s.image, s.caption) for s in samples] == [
-        ("b.JPG", 0, JPEG, "a bee"),
-        ("c d.webp", 1, b"w", ""),
+        ("b.JPG", 1, JPEG, "a bee"),
+        ("c d.webp", 2, b"w", ""),
     ]
+    assert [(r.key, r.reason) for r in rows if isinstance(r, Reject)] == [("a/1.png", "bad_caption_encoding")]
+    assert index.num_samples == len(rows)
     strict = shards.index_image_folder(uri, require_caption=True)
-    assert [sample.key for part in strict.slices for sample in shards.read_slice(part)] == ["b.JPG"]
+    assert [(r.key, r.reason) for r in strict.rejects] == [("c d.webp", "missing_caption"), ("e.jpg", "empty_image")]
+    kept = [sample for part in strict.slices for sample in shards.read_slice(part)]
+    assert [(s.key, s.row, s.image, s.caption) for s in kept] == [("a/1.png", 0, b"", ""), ("b.JPG", 1, JPEG, "a bee")]
     (tmp_path / "b.JPG").unlink()
-    with pytest.raises(CirError, match=r"b\.JPG: no such file"):
-        list(shards.read_slice(strict.slices[0]))
+    gone = list(shards.read_slice_rows(strict.slices[0]))
+    assert [(r.key, r.reason) for r in gone] == [("a/1.png", "bad_caption_encoding"), ("b.JPG", "missing")]
+    assert "b.JPG: no such file" in gone[1].detail
+    assert [s.image for s in shards.read_slice(strict.slices[0])] == [b"", b""]
     (tmp_path / "empty").mkdir()
     with pytest.raises(CirError, match="no image in this folder"):
         shards.list_images(str(tmp_path / "empty"))
