@@ -6,11 +6,13 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import BinaryIO, TypeVar, cast
 
 import fsspec
 
 from cir_core import files
+from cir_core.files.access import StorageError, attempt
 from cir_core.schema import CirError
 from cir_core.shards.model import MAX_SAMPLE_BYTES, UnusableError
 
@@ -75,24 +77,16 @@ def fetch_image(uri: str) -> bytes:
 
     Raises:
         CirError: it is not there, or access is refused.
-        OSError: the store or host does not answer, or not now; that says nothing about the picture.
+        OSError: the store or host still did not answer when the patience ended (see `files.patience`); that says
+            nothing about the picture.
     """
     if _scheme(uri) in _WEB:
-        return _fetch_web(uri)
-    with files.open_stream(uri) as stream:
-        return _read_up_to(stream, MAX_SAMPLE_BYTES + 1)
-
-
-def _read_up_to(stream: BinaryIO, limit: int) -> bytes:
-    """Read on over short reads, which streams of the web give."""
-    data = stream.read(limit)
-    while len(data) < limit and (more := stream.read(limit - len(data))):
-        data += more
-    return data
+        return attempt(uri, lambda: _fetch_web(uri))
+    return files.read_bytes(uri, MAX_SAMPLE_BYTES + 1)
 
 
 def _fetch_web(uri: str) -> bytes:
-    """One GET. Through `files` it would be a HEAD first, any failure of which fsspec calls a file that is not there."""
+    """One GET. Through `files` it would be a HEAD first, any failure of which reads "not there", "busy" too."""
     import aiohttp  # here: only lists of web addresses need it
 
     name = files.redact(uri)
@@ -104,18 +98,27 @@ def _fetch_web(uri: str) -> bytes:
         raise CirError(f"{name}: no such file; check the address") from None
     except aiohttp.ClientResponseError as error:
         if error.status >= 500 or error.status in _ANSWERS_LATER:
-            raise OSError(f"{name}: the server answers {error.status}") from None
+            raise StorageError(f"{name}: the server answers {error.status}") from None
         raise CirError(f"{name}: the server refuses it ({error.status})") from None
     except (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL) as error:
         raise CirError(f"{name}: not an address to fetch from ({type(error).__name__})") from None
     except aiohttp.ClientConnectorError as error:
         if isinstance(error.os_error, socket.gaierror) and error.os_error.errno == socket.EAI_NONAME:
             raise CirError(f"{name}: no such host") from None
-        raise OSError(f"{name}: no connection ({error.os_error})") from None
-    except (TimeoutError, aiohttp.ClientError) as error:
-        raise OSError(f"{name}: the transfer broke off ({type(error).__name__})") from None
+        raise StorageError(f"{name}: no connection ({error.os_error})") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise StorageError(f"{name}: the transfer broke off ({type(error).__name__})") from None
     except ValueError as error:
         raise CirError(f"{name}: not an address ({type(error).__name__})") from None
+
+
+def _read_up_to(stream: BinaryIO, limit: int) -> bytes:
+    """Read on over short reads, which streams of the web give."""
+    pieces, held = list[bytes](), 0
+    while held < limit and (piece := stream.read(limit - held)):
+        pieces.append(piece)
+        held += len(piece)
+    return b"".join(pieces)
 
 
 def in_order(work: Callable[[_In], _Out], items: Iterable[_In], threads: int = FETCH_THREADS) -> Iterator[_Out]:
@@ -124,7 +127,7 @@ def in_order(work: Callable[[_In], _Out], items: Iterable[_In], threads: int = F
     pool = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
     try:
         for item in items:
-            waiting.append(pool.submit(work, item))
+            waiting.append(pool.submit(copy_context().run, work, item))  # with the caller's `files.patience`
             if len(waiting) >= threads:
                 yield waiting.popleft().result()
         while waiting:

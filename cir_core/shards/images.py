@@ -114,7 +114,7 @@ def _read_row(folder: str, name: str, text_name: str | None) -> Row:
     if isinstance(image, UnusableError):
         return Row(name, 0, 0, problem=(image.reason, image.detail))
     try:
-        caption = files.read_bytes(files.join(folder, text_name)) if text_name else None
+        caption = files.read_bytes(files.join(folder, text_name), MAX_SAMPLE_BYTES) if text_name else None
     except CirError as error:
         return Row(name, 0, 0, problem=("missing", str(error)))
     return Row(name, 0, 0, image, len(image), caption)

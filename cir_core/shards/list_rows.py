@@ -17,6 +17,7 @@ from cir_core.shards.model import Slice
 from cir_core.shards.parquet import CAPTION_COLUMNS, KEY_COLUMNS, raw_text
 
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url")
+MAX_HEADER = 1 << 16
 _READ_BYTES = 1 << 20
 _MAX_LINE = 1 << 20
 _BATCH_ROWS = 4096
@@ -76,8 +77,8 @@ def range_rows(part: Slice) -> Iterator[ListRow]:
         yield from _parquet_rows(part.shard, part.offset, part.offset + part.length)
         return
     name = files.redact(part.shard)
-    with files.open_stream(part.shard) as stream:
-        columns = csv_columns(next(csv_records(stream, name), None), name)
+    head = io.BytesIO(files.read_bytes(part.shard, MAX_HEADER))
+    columns = csv_columns(next(csv_records(head, name), None), name)
     data = io.BytesIO(files.read_range(part.shard, part.offset, part.length))
     yield from _csv_rows(csv_records(data, name, part.offset), columns, part.first_row)
 
@@ -121,7 +122,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _parquet_rows(uri: str, first: int, stop: int | None) -> Iterator[ListRow]:
     """Yield the rows [first, stop) of a Parquet list, decoding no row group before `first` or after `stop`."""
-    with files.open_parquet(uri, "list") as file:
+    with files.open_parquet(uri, "list", buffer_bytes=_READ_BYTES) as file:  # in pieces: a slice may end early
         columns = parquet_columns(file, files.redact(uri))
         number = 0
         for group in range(file.num_row_groups):
@@ -164,6 +165,10 @@ def csv_columns(header: tuple[int, int, list[str]] | None, name: str) -> _Column
         raise CirError(f"unreadable list {name}: it is empty or has no header; expected one with a column uri")
     if header[2][0].startswith("\x1f\udc8b"):  # gzip
         raise CirError(f"unreadable list {name}: it is compressed; decompress it, or use Parquet")
+    if header[1] > MAX_HEADER:
+        raise CirError(
+            f"unreadable list {name}: a header of more than {MAX_HEADER} bytes; expected the names of columns"
+        )
     return _find_columns(header[2], name)
 
 

@@ -4,7 +4,7 @@ Columns, in any case and order: `uri`, `url`, `image_uri` or `image_url`; option
 key is the URI as the list gives it, less credentials and query) and `caption`, `text` or `txt`. A CSV has a header,
 commas and RFC 4180 quotes. Where rows may point says `fetch.resolve`. A list is never held whole: of a list of 100
 million rows one pass finds the slices of a CSV, the footer alone those of a Parquet file (whose row groups should
-stay below some 100,000 rows: a slice inside one reads the URIs of all of it).
+stay below some 100,000 rows: a slice inside one reads the group up to its own end).
 
 A repeated key is told within each LIST_ROWS rows, counted from the first of the list, not within the whole list:
 memory does not grow with the list.
