@@ -11,8 +11,10 @@ in order. The identity of a store is the hash of everything that made it: see `S
 """
 
 from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest
+from cir_core.embedding_store.part import PartWriter
 from cir_core.embedding_store.read import Block, EmbeddingStore
-from cir_core.embedding_store.write import EmbeddingWriter, hash_ids
+from cir_core.embedding_store.unique import hash_ids
+from cir_core.embedding_store.write import EmbeddingWriter
 
 __all__ = [
     "Block",
@@ -20,6 +22,7 @@ __all__ = [
     "EmbeddingWriter",
     "Manifest",
     "PartInfo",
+    "PartWriter",
     "StoreSpec",
     "hash_ids",
     "listing_digest",

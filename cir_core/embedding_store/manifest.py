@@ -12,7 +12,7 @@ from cir_core import files
 from cir_core.schema import CirError, embedding_schema
 
 FORMAT = "cir-embedding-store"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,14 @@ def listing_digest(entries: Iterable[tuple[str, int, int]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """One finished part; travels as JSON or pickle. sha256, size_bytes: of the Parquet file."""
+    """One finished part; travels as JSON or pickle. sha256, size_bytes: of the Parquet file; rejects_sha256: of its rejects."""
 
     index: int
     name: str
     num_rows: int
     num_rejects: int
     sha256: str
+    rejects_sha256: str
     size_bytes: int
     columns: tuple[str, ...]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from cir_core import files
 from cir_core.embedding_store.manifest import Manifest, PartInfo
-from cir_core.schema import CirError
+from cir_core.schema import CirError, Reject
 
 Embeddings = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 _ID_BATCH_ROWS = 65_536
@@ -72,6 +73,9 @@ class EmbeddingStore:
 
     def _part_uri(self, part: PartInfo) -> str:
         return files.join(self.uri, f"{part.name}.parquet")
+
+    def _rejects_uri(self, part: PartInfo) -> str:
+        return files.join(self.uri, "rejects", f"{part.name}.parquet")
 
     def _chosen(self, parts: Sequence[int] | None) -> Iterator[tuple[int, PartInfo]]:
         """Yield the global offset of each chosen part with the part; empty parts are left out."""
@@ -171,29 +175,59 @@ class EmbeddingStore:
             raise CirError(f"{files.redact(self.uri)}: {len(missing)} ids are not in the store, such as {shown}")
         return vectors[[places[one] for one in ids]]
 
-    def verify(self) -> list[str]:
-        """Read every file and return what is wrong in words; an empty list means the store is sound."""
-        problems = [problem for part in self.parts for problem in self._verify_part(part)]
+    def iter_batches(self, block_rows: int = 16_384) -> Iterator[pa.RecordBatch]:
+        """Yield all rows in row order as Arrow holds them, every column."""
+        for _, part in self._chosen(None):
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                yield from file.iter_batches(block_rows)
+
+    def read_rejects(self, parts: Sequence[int] | None = None) -> Iterator[list[Reject]]:
+        """Yield the rejects of each part, or of the given ones."""
+        for part in self.parts if parts is None else [self.parts[index] for index in parts]:
+            with files.open_parquet(self._rejects_uri(part), "rejects") as file:
+                yield [Reject(**row) for row in file.read().to_pylist()]
+
+    def verify(self, *, threads: int = 8) -> list[str]:
+        """Read every file and return what is wrong in words; an empty list means the store is sound.
+
+        threads: files read at once, each in pieces of a few megabytes.
+        """
+        with ThreadPoolExecutor(threads) as pool:
+            problems = [problem for found in pool.map(self._problems, self.parts) for problem in found]
         expected = {f"{part.name}.parquet" for part in self.parts}
         listed = {file.name for file in files.list_files(self.uri, recursive=False)}
         problems += [f"{name}: not in the manifest" for name in sorted(listed - expected) if name.startswith("part-")]
         return problems
 
-    def _verify_part(self, part: PartInfo) -> Iterator[str]:
+    def _problems(self, part: PartInfo) -> list[str]:
         try:
-            data = files.read_bytes(self._part_uri(part))
-            digest = hashlib.sha256(data).hexdigest()
-            if digest != part.sha256 or len(data) != part.size_bytes:
-                yield f"{part.name}: checksum {digest[:12]}, expected {part.sha256[:12]} ({len(data)} bytes)"
-                return
+            digest, size = _digest(self._part_uri(part))
+            if (digest, size) != (part.sha256, part.size_bytes):
+                return [f"{part.name}: checksum {digest[:12]}, expected {part.sha256[:12]} ({size} bytes)"]
+            problems = []
             with files.open_parquet(self._part_uri(part), "part") as file:
                 if file.metadata.num_rows != part.num_rows:
-                    yield f"{part.name}: {file.metadata.num_rows} rows, manifest: {part.num_rows}"
-            with files.open_parquet(files.join(self.uri, "rejects", f"{part.name}.parquet"), "part") as file:
+                    problems.append(f"{part.name}: {file.metadata.num_rows} rows, manifest: {part.num_rows}")
+            with files.open_parquet(self._rejects_uri(part), "rejects") as file:
                 if file.metadata.num_rows != part.num_rejects:
-                    yield f"{part.name}: {file.metadata.num_rows} rejects, manifest: {part.num_rejects}"
+                    problems.append(f"{part.name}: {file.metadata.num_rows} rejects, manifest: {part.num_rejects}")
+            if not problems and (digest := _digest(self._rejects_uri(part))[0]) != part.rejects_sha256:
+                problems.append(
+                    f"{part.name}: rejects have checksum {digest[:12]}, expected {part.rejects_sha256[:12]}"
+                )
         except CirError as error:
-            yield f"{part.name}: {error}"
+            return [f"{part.name}: {error}"]
+        return problems
+
+
+def _digest(uri: str) -> tuple[str, int]:
+    """Return SHA-256 and size of a file."""
+    with files.open_stream(uri) as stream:
+        digest, size = hashlib.sha256(), 0
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+            size += len(piece)
+    return digest.hexdigest(), size
 
 
 def _matrix(column: pa.Array) -> Embeddings:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cir_core import files
 from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, part_info, part_name
+from cir_core.embedding_store.part import HashingSink, PartWriter, parquet_options, part_schema
 from cir_core.embedding_store.read import EmbeddingStore
-from cir_core.schema import REJECT_SCHEMA, CirError, Reject, embedding_schema
+from cir_core.embedding_store.unique import find_duplicates
+from cir_core.schema import REJECT_SCHEMA, CirError, Reject
 
-_NORM_TOLERANCE = 1e-3  # float32 rounding is 1e-6; a vector that was never normalised is off by far more
-_ROW_GROUP_ROWS = 16_384  # 32 MiB of float32[512]: what take() reads for one id
-_READERS = 16  # requests in flight while many small files are read
+ROW_GROUP_ROWS = 16_384
+"""32 MiB of float32[512]: what take() reads for one id, and what a writer holds."""
+_READERS = 32  # requests in flight while many small files are read
 
 
 class EmbeddingWriter:
@@ -29,17 +31,15 @@ class EmbeddingWriter:
     Raises CirError if the folder is already for another identity: the message says which fields differ.
     """
 
-    def __init__(self, uri: str, spec: StoreSpec) -> None:
-        self.uri, self.spec = uri, spec
-        spec_uri = files.join(uri, "_progress", "spec.json")
-        manifest_uri = files.join(uri, "manifest.json")
+    def __init__(self, uri: str, spec: StoreSpec, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
+        self.uri, self.spec, self.row_group_rows = uri, spec, row_group_rows
+        manifest_uri = self._file("manifest.json")
         self.committed = files.exists(manifest_uri)
         if self.committed:
             self._check_spec(Manifest.from_json(files.read_json(manifest_uri), files.redact(manifest_uri)).spec)
-        elif files.exists(spec_uri):
-            self._check_spec(_read_spec(spec_uri))
         else:
-            files.write_json(spec_uri, asdict(spec))
+            spec_uri = self._file("_progress", "spec.json")
+            self._check_spec(_parsed_spec(files.create_json(spec_uri, asdict(spec)), files.redact(spec_uri)))
 
     def _check_spec(self, found: StoreSpec) -> None:
         if found != self.spec:
@@ -47,6 +47,42 @@ class EmbeddingWriter:
                 f"{files.redact(self.uri)} holds embeddings of another identity "
                 f"({self.spec.differences(found)}); choose another output folder"
             )
+
+    @contextmanager
+    def part(
+        self, index: int, *, columns: Sequence[str] = (), caption_embeddings: bool = False
+    ) -> Iterator[PartWriter]:
+        """Write part `index` batch by batch; it is there, and marked as finished, once the block ends.
+
+        The same rows give the same bytes, whatever the batches. Nothing is written if the block raises.
+        columns: the names of further columns of strings; every part of a store has the same ones.
+        Raises CirError if the store was committed, also by another process.
+        """
+        self.committed = self.committed or files.exists(self._file("manifest.json"))
+        if self.committed:
+            raise CirError(f"{files.redact(self.uri)} is committed; its parts do not change any more")
+        name = part_name(index)
+        schema = part_schema(self.spec, columns, caption_embeddings=caption_embeddings)
+        with files.open_atomic(self._file(f"{name}.parquet")) as file:
+            sink = HashingSink(file)
+            with pq.ParquetWriter(sink, schema, **parquet_options(schema)) as parquet:
+                part = PartWriter(name, self.spec, schema, parquet, row_group_rows=self.row_group_rows)
+                yield part
+                part.end()
+            rejects_sha256 = self._write_rejects(name, part.rejects)
+        part.info = PartInfo(
+            index, name, part.num_rows, len(part.rejects), sink.sha256, rejects_sha256, sink.size_bytes,
+            tuple(schema.names[2:]),
+        )  # fmt: skip
+        marker = {"identity": self.spec.identity, **asdict(part.info)}
+        files.write_json(self._file("_progress", f"{name}.json"), marker)
+
+    def _write_rejects(self, name: str, rejects: Sequence[Reject]) -> str:
+        table = pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
+        with files.open_atomic(self._file("rejects", f"{name}.parquet")) as file:
+            sink = HashingSink(file)
+            pq.write_table(table, sink)
+        return sink.sha256
 
     def write_part(
         self,
@@ -58,54 +94,30 @@ class EmbeddingWriter:
         caption_embeddings: npt.NDArray[np.float32] | None = None,
         rejects: Sequence[Reject] = (),
     ) -> PartInfo:
-        """Write part `index` and mark it finished; the same arguments give the same bytes.
+        """Write a whole part at once; see `part` and `PartWriter.add`."""
+        texts = caption_embeddings is not None
+        with self.part(index, columns=tuple(columns or {}), caption_embeddings=texts) as part:
+            part.add(ids, embeddings, columns=columns, caption_embeddings=caption_embeddings)
+            part.reject(rejects)
+        return self._info(part)
 
-        ids: N strings, unique in the part. embeddings, caption_embeddings: float32[N, D], unit norm.
-        columns: more columns of N strings; every part of a store has the same ones.
-        Raises CirError on any violation.
-        """
-        if self.committed:
-            raise CirError(f"{files.redact(self.uri)} is committed; its parts do not change any more")
-        name = part_name(index)
-        vectors = {"embedding": embeddings}
-        if caption_embeddings is not None:
-            vectors["caption_embedding"] = caption_embeddings
-        table = self._table(name, list(ids), vectors, dict(columns or {}))
-        data = files.parquet_bytes(table, **_parquet_options(table.schema))
-        info = PartInfo(
-            index, name, table.num_rows, len(rejects), hashlib.sha256(data).hexdigest(), data.size,
-            tuple(table.schema.names[2:]),
-        )  # fmt: skip
-        rows = [asdict(reject) for reject in rejects]
-        files.write_parquet(self._file("rejects", f"{name}.parquet"), pa.Table.from_pylist(rows, REJECT_SCHEMA))
-        files.write_bytes(self._file(f"{name}.parquet"), data)
-        files.write_json(self._file("_progress", f"{name}.json"), {"identity": self.spec.identity, **asdict(info)})
-        return info
+    @staticmethod
+    def _info(part: PartWriter) -> PartInfo:
+        if part.info is None:
+            raise RuntimeError(f"{part.name} is not finished")
+        return part.info
 
     def _file(self, *parts: str) -> str:
         return files.join(self.uri, *parts)
 
-    def _table(
-        self,
-        name: str,
-        ids: list[str],
-        vectors: Mapping[str, npt.NDArray[np.float32]],
-        columns: Mapping[str, Sequence[str | None]],
-    ) -> pa.Table:
-        _check_ids(name, ids)
-        schema = embedding_schema(self.spec.dim, self.spec.dtype, list(columns))
-        arrays: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
-        for column, values in vectors.items():
-            _check_vectors(f"{name}: {column}", values, len(ids), self.spec.dim)
-            flat = np.ascontiguousarray(values, dtype=self.spec.dtype).reshape(-1)
-            arrays[column] = pa.FixedSizeListArray.from_arrays(pa.array(flat), type=schema.field("embedding").type)
-        if "caption_embedding" in vectors:
-            schema = schema.insert(2, pa.field("caption_embedding", schema.field("embedding").type))
-        for column, texts in columns.items():
-            if column in ("id", "embedding", "caption_embedding") or len(texts) != len(ids):
-                raise CirError(f"{name}: column {column!r} has {len(texts)} values for {len(ids)} ids, or a taken name")
-            arrays[column] = pa.array(texts, pa.string())
-        return pa.Table.from_arrays([arrays[column] for column in schema.names], schema=schema)
+    def finished_part(self, index: int) -> PartInfo | None:
+        """Return what was written as part `index`; None if it is not finished."""
+        marker = self._file("_progress", f"{part_name(index)}.json")
+        part = self._file(f"{part_name(index)}.parquet")
+        if not (files.exists(marker) and files.exists(part)):
+            return None
+        info = self._parsed_marker(files.read_json(marker), marker)
+        return info if files.size_bytes(part) == info.size_bytes else None
 
     def finished_parts(self) -> dict[int, PartInfo]:
         """Return the parts that are written and marked, by index; costs two listings and the markers.
@@ -118,12 +130,47 @@ class EmbeddingWriter:
         markers = [file.uri for file in files.list_files(self._file("_progress")) if file.name.startswith("part-")]
         sizes = {file.name: file.size_bytes for file in files.list_files(self.uri, recursive=False)}
         with ThreadPoolExecutor(_READERS) as pool:
-            values = list(pool.map(files.read_json, markers))
-        strangers = [uri for uri, value in zip(markers, values, strict=True) if value["identity"] != self.spec.identity]
-        if strangers:
-            raise CirError(f"{files.redact(strangers[0])}: a part of another identity; choose another output folder")
-        found = sorted((part_info(value) for value in values), key=lambda part: part.index)
-        return {part.index: part for part in found if sizes.get(f"{part.name}.parquet") == part.size_bytes}
+            found = list(pool.map(self._parsed_marker, pool.map(files.read_json, markers), markers))
+        sound = [part for part in found if sizes.get(f"{part.name}.parquet") == part.size_bytes]
+        return {part.index: part for part in sorted(sound, key=lambda part: part.index)}
+
+    def _parsed_marker(self, value: Any, uri: str) -> PartInfo:
+        if value["identity"] != self.spec.identity:
+            raise CirError(f"{files.redact(uri)}: a part of another identity; choose another output folder")
+        return part_info(value)
+
+    def duplicates(self, parts: Iterable[PartInfo]) -> dict[int, list[tuple[str, int]]]:
+        """Return, by part, the (id, part that keeps it) that occur in an earlier one of `parts`."""
+        return find_duplicates(self._uncommitted(list(parts)))
+
+    def _uncommitted(self, parts: list[PartInfo]) -> EmbeddingStore:
+        num_rows, num_rejects = sum(part.num_rows for part in parts), sum(part.num_rejects for part in parts)
+        columns = parts[0].columns if parts else ()
+        return EmbeddingStore(self.uri, Manifest(self.spec, num_rows, num_rejects, columns, tuple(parts)))
+
+    def drop_duplicates(self, parts: Mapping[int, PartInfo]) -> dict[int, PartInfo]:
+        """Keep the first row of each id: write the parts that hold a later one again, with that row as a reject.
+
+        The reject's shard is the part. Returns all parts as they are now; killed half-way, the same again goes on.
+        """
+        done = dict(parts)
+        for index, rows in self.duplicates(parts.values()).items():
+            keeper = dict(rows)
+            part = done[index]
+            (before,) = self._uncommitted([part]).read_rejects()
+            with self.part(
+                index,
+                columns=[name for name in part.columns if name != "caption_embedding"],
+                caption_embeddings="caption_embedding" in part.columns,
+            ) as again:
+                for batch in self._uncommitted([part]).iter_batches():
+                    again.copy(batch, leave_out=keeper.keys())
+                again.reject(before)
+                again.reject(
+                    Reject(part.name, one, "duplicate_id", f"{part_name(place)} has it") for one, place in rows
+                )
+            done[index] = self._info(again)
+        return done
 
     def commit(
         self, *, rows_in: int, parts: Iterable[PartInfo] | None = None, check_unique_ids: bool = True
@@ -133,63 +180,32 @@ class EmbeddingWriter:
         rows_in: number of input rows; must equal rows out + rejects.
         parts: what write_part returned (default: every finished part); they are numbered 0, 1, 2, ...
         check_unique_ids: read all ids again and refuse one that occurs twice; 8 bytes of memory per row.
-        Committing twice is allowed and gives the first manifest again.
+        Committing twice is allowed and gives the first manifest again; of two that commit at once, one wins.
         Raises CirError if anything is missing; nothing is committed then.
         """
         finished = self.finished_parts()
         wanted = sorted(finished.values() if parts is None else parts, key=lambda part: part.index)
         _check_parts(files.redact(self.uri), wanted, finished, rows_in)
-        columns = wanted[0].columns if wanted else ()
-        num_rows, num_rejects = sum(p.num_rows for p in wanted), sum(p.num_rejects for p in wanted)
-        manifest = Manifest(self.spec, num_rows, num_rejects, columns, tuple(wanted))
-        if self.committed:
-            committed = EmbeddingStore.open(self.uri).manifest
-            if committed != manifest:
-                raise CirError(f"{files.redact(self.uri)} is committed with other parts; choose another output folder")
-            return committed
-        if check_unique_ids:
-            _check_unique(EmbeddingStore(self.uri, manifest))
-        files.write_json(self._file("manifest.json"), manifest.to_json())
+        store = self._uncommitted(wanted)
+        if check_unique_ids and not self.committed:
+            for index, rows in find_duplicates(store).items():
+                raise CirError(
+                    f"{files.redact(self.uri)}: the id {rows[0][0]!r} occurs in {part_name(rows[0][1])} and in "
+                    f"{part_name(index)}; ids must be unique"
+                )
+        manifest_uri = self._file("manifest.json")
+        stored = files.create_json(manifest_uri, store.manifest.to_json())
         self.committed = True
-        return manifest
+        if Manifest.from_json(stored, files.redact(manifest_uri)) != store.manifest:
+            raise CirError(f"{files.redact(self.uri)} is committed with other parts; choose another output folder")
+        return store.manifest
 
 
-def _read_spec(uri: str) -> StoreSpec:
+def _parsed_spec(value: Any, name: str) -> StoreSpec:
     try:
-        return StoreSpec(**files.read_json(uri))
+        return StoreSpec(**value)
     except TypeError as error:
-        raise CirError(f"{files.redact(uri)}: not the spec of an embedding store ({error})") from None
-
-
-def _parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    vectors = {name for name in schema.names if pa.types.is_fixed_size_list(schema.field(name).type)}
-    # float vectors do not compress, and statistics of single numbers or of ids help nobody
-    paths = {f"{name}.list.element" if name in vectors else name: name for name in schema.names}
-    compression = {path: "none" if name in vectors else "zstd" for path, name in paths.items()}
-    return {
-        "row_group_size": _ROW_GROUP_ROWS, "compression": compression, "use_dictionary": False,
-        "write_statistics": False,
-    }  # fmt: skip
-
-
-def _check_ids(name: str, ids: list[str]) -> None:
-    if not all(isinstance(one, str) and one for one in ids):
-        raise CirError(f"{name}: every id must be a string that is not empty")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(one for one in ids if one in seen or seen.add(one))  # type: ignore[func-returns-value]
-        raise CirError(f"{name}: the id {twice!r} occurs twice")
-
-
-def _check_vectors(name: str, vectors: npt.NDArray[Any], num_rows: int, dim: int) -> None:
-    if vectors.dtype != np.float32 or vectors.shape != (num_rows, dim):
-        raise CirError(f"{name}: expected float32[{num_rows}, {dim}], found {vectors.dtype}{list(vectors.shape)}")
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    bad = np.flatnonzero(~(np.abs(norms - 1) <= _NORM_TOLERANCE))
-    if bad.size:
-        raise CirError(
-            f"{name}: {bad.size} of {num_rows} rows are not finite unit vectors; row {bad[0]} has norm {norms[bad[0]]}"
-        )
+        raise CirError(f"{name}: not the spec of an embedding store ({error})") from None
 
 
 def _check_parts(name: str, parts: list[PartInfo], finished: Mapping[int, PartInfo], rows_in: int) -> None:
@@ -207,23 +223,3 @@ def _check_parts(name: str, parts: list[PartInfo], finished: Mapping[int, PartIn
     odd = next((part for part in parts if part.columns != parts[0].columns), None)
     if odd is not None:
         raise CirError(f"{name}: {odd.name} has the columns {odd.columns}, {parts[0].name} has {parts[0].columns}")
-
-
-def _check_unique(store: EmbeddingStore) -> None:
-    hashes = [hash_ids(ids) for _, ids in store.iter_ids()]
-    everything = np.sort(np.concatenate(hashes)) if hashes else np.empty(0, np.uint64)
-    suspects = np.unique(everything[1:][everything[1:] == everything[:-1]])
-    if not suspects.size:
-        return
-    seen: set[str] = set()  # equal hashes may be a coincidence: compare these few ids themselves
-    for _, ids in store.iter_ids():
-        for one in ids.filter(pa.array(np.isin(hash_ids(ids), suspects))).to_pylist():
-            if one in seen:
-                raise CirError(f"{files.redact(store.uri)}: the id {one!r} occurs in two parts; ids must be unique")
-            seen.add(one)
-
-
-def hash_ids(ids: pa.Array) -> npt.NDArray[np.uint64]:
-    """Return a 64-bit hash of each id, the same in every process. Equal hashes may be a coincidence."""
-    hashed: npt.NDArray[np.uint64] = pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
-    return hashed

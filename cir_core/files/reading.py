@@ -86,7 +86,7 @@ class RemoteFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """Return the next `size` bytes, all that are left for -1, fewer only at the end."""
-        data = self.read_at(self._position, self.size if size is None or size < 0 else size)
+        data = self.read_at(self._position, self.size if size < 0 else size)
         self._position += len(data)
         return data
 
@@ -115,11 +115,14 @@ class _ReadAhead(io.RawIOBase):
         self._ask()
 
     def _ask(self) -> None:
-        if self._asked >= self._file.size:
+        """Ask for the next range; after the last one of several, check that all were of one file."""
+        if self._asked < self._file.size:
+            self._next = self._pool.submit(self._file.read_at, self._asked, RANGE_BYTES)
+            self._asked += RANGE_BYTES
+        else:
             self._next = None
-            return
-        self._next = self._pool.submit(self._file.read_at, self._asked, RANGE_BYTES)
-        self._asked += RANGE_BYTES
+            if self._file.size > RANGE_BYTES:
+                self._file.check_unchanged()
 
     def readable(self) -> bool:
         """Reading is all it does."""
@@ -132,8 +135,6 @@ class _ReadAhead(io.RawIOBase):
                 return 0
             self._chunk, self._used = self._next.result(), 0
             self._ask()
-            if self._next is None and self._file.size > RANGE_BYTES:
-                self._file.check_unchanged()
         data = self._chunk[self._used : self._used + len(buffer)]
         buffer[: len(data)] = data
         self._used += len(data)

@@ -21,8 +21,8 @@ from cir_core.embedding_store import (
     PartInfo,
     StoreSpec,
     listing_digest,
+    unique,
 )
-from cir_core.embedding_store import write as write_module
 from cir_core.schema import CirError, Reject
 
 DIM = 8
@@ -42,8 +42,8 @@ def rejects_of(count):
     return [Reject("s.tar", f"k{number}", "truncated", "é") for number in range(count)]
 
 
-def write(uri, rows=(5, 0, 7), rejects=(1, 2, 0), spec=SPEC, **commit):
-    writer = EmbeddingWriter(uri, spec)
+def write(uri, rows=(5, 0, 7), rejects=(1, 2, 0), spec=SPEC, row_group_rows=1000, **commit):
+    writer = EmbeddingWriter(uri, spec, row_group_rows=row_group_rows)
     for index, (num_rows, num_rejects) in enumerate(zip(rows, rejects, strict=True)):
         writer.write_part(
             index, ids_of(index, num_rows), unit(num_rows, index),
@@ -108,9 +108,7 @@ def test_blocks_are_not_copied(tmp_path):
 )
 def test_any_partition_holds_the_same_rows(sizes, group_rows, block_rows, tmp_path_factory):
     rows, rejects = zip(*sizes, strict=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_module, "_ROW_GROUP_ROWS", group_rows)
-        store = write(str(tmp_path_factory.mktemp("store")), rows, rejects)
+    store = write(str(tmp_path_factory.mktemp("store")), rows, rejects, row_group_rows=group_rows)
     everything = np.concatenate([unit(count, index) for index, count in enumerate(rows)])
     ids = [one for index, count in enumerate(rows) for one in ids_of(index, count)]
     read = np.empty_like(everything)
@@ -246,7 +244,7 @@ def bad_row(value):
         (["a", "b", "c"], bad_row(np.inf), {}, "row 1 has norm inf"),
         (["a", "b", "c"], unit(3), {"caption_embeddings": unit(3) * 1.01}, "caption_embedding: 3 of 3"),
         (["a", "b", "c"], unit(3), {"columns": {"caption": ["x"]}}, "'caption' has 1 values for 3 ids"),
-        (["a", "b", "c"], unit(3), {"columns": {"id": ["x"] * 3}}, "taken name"),
+        (["a", "b", "c"], unit(3), {"columns": {"id": ["x"] * 3}}, "is taken"),
     ],
 )
 def test_bad_parts_are_refused(tmp_path, ids, vectors, options, message):
@@ -265,7 +263,7 @@ def test_commit_counts_rows_columns_and_ids(tmp_path):
     ]
     with pytest.raises(CirError, match=r"6 rows in, but 4 rows out \+ 1 rejects = 5"):
         writer.commit(rows_in=6)
-    with pytest.raises(CirError, match="'a' occurs in two parts"):
+    with pytest.raises(CirError, match="'a' occurs in part-00000 and in part-00001"):
         writer.commit(rows_in=5)
     with pytest.raises(CirError, match="given twice"):
         writer.commit(rows_in=8, parts=[*parts, parts[0]])
@@ -282,7 +280,7 @@ def test_commit_counts_rows_columns_and_ids(tmp_path):
 
 
 def test_equal_hashes_of_different_ids_are_not_duplicates(tmp_path, monkeypatch):
-    monkeypatch.setattr(write_module, "hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr(unique, "hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
     assert write(str(tmp_path)).num_rows == 12
 
 
