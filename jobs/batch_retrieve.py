@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt, field_validator
 from cir_core.benchmarks import protocol_options
 from cir_core.schema import CirError
 from jobs.config import JobConfig, parse_config
-from jobs.decoding import DECODER_CPUS
+from jobs.decoding import embedding_resources
 from jobs.models import inspect_variants
 from jobs.session import check_resources, connect, run, say
 
@@ -191,10 +191,7 @@ def main() -> None:
     if source:
         say(f"adapter of tat_train run {source['name']} ({source['run_id']}): {adapter}")
     connect()
-    check_resources(
-        {"CPU": 0.5 * config.num_encoders + DECODER_CPUS}
-        | ({"GPU": float(config.num_encoders)} if config.use_gpu else {})
-    )
+    check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))
     checking = inspect_variants.options(num_gpus=1 if config.use_gpu else 0).remote(
         config.model or ("scenes-tiny" if adapter is None else ""),
         config.pretrained,

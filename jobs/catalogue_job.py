@@ -23,8 +23,8 @@ from jobs.catalogue import CatalogueRun, EncoderChoice, PartPipeline, QueryEncod
 from jobs.catalogue_checks import CheckedQueries, check_queries
 from jobs.catalogue_report import publish, results_table, write_sheet
 from jobs.config import flat_parameters, public
-from jobs.decoding import DECODER_CPUS
-from jobs.embedding import some_rejects
+from jobs.decoding import embedding_resources
+from jobs.embedding_progress import some_rejects
 from jobs.models import ModelInfo, inspect_model
 from jobs.retrieval import Gallery, GallerySearch, Setting, settings_of
 from jobs.session import check_resources, code_version, connect, say
@@ -49,8 +49,7 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
     uris, store, removed = _inputs(config)
     choice = choose_encoder(config, store, tracking_uri)
     connect()
-    needed = {"CPU": 0.5 * config.num_encoders + DECODER_CPUS}
-    check_resources(needed | ({"GPU": float(config.num_encoders)} if config.use_gpu else {}))
+    check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))
     describing = inspect_model.remote(
         choice.model, choice.pretrained, choice.adapter, preprocessing_mode=choice.preprocessing_mode
     )

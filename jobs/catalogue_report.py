@@ -20,11 +20,10 @@ from cir_core.benchmarks.custom import is_picture
 from cir_core.evaluation import load_ranking
 from cir_core.reporting.contact_sheet import SheetColumn, SheetResult, SheetRow, image_ids_of, write_contact_sheet
 from cir_core.schema import CirError, Query, Ranking
-from cir_core.shards import find_images, list_shards
+from cir_core.shards import fetch_image, find_images, list_shards
 from jobs import tracking
 from jobs.catalogue import CatalogueRun, label
 from jobs.config import public
-from jobs.decoding import fetch
 from jobs.session import say
 from jobs.storage import RunFolder, absolute
 
@@ -64,7 +63,7 @@ def _make_sheet(
     pictures |= _gallery_pictures(gallery_images, inside) if gallery_images else {}
     for name in (one for one in wanted if pictures[one] is None and is_picture(one)):
         with suppress(Exception):  # a gallery id that looks like a path: shown by its name
-            pictures[name] = fetch(name)
+            pictures[name] = fetch_image(name)
     rows = [replace(row, reference_id=public(row.reference_id)) for row in rows]  # no secret of a URI on the page
     pictures = {public(name): data for name, data in pictures.items()}
     write_contact_sheet(uri, f"custom: {label(*run.settings[0])}", rows, pictures, protocol=run.made)

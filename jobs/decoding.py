@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-import tenacity
 
 from cir_core import files
 from cir_core.benchmarks import Crop
-from cir_core.preprocessing import MAX_BYTES, ImageError, Preprocessing, preprocess_image
+from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample
+from cir_core.shards import Sample, fetch_image
 
 DECODER_CPUS = 1.0  # decoding takes a core; fewer workers also means fewer imports
+ENCODER_CPUS = 0.5  # an encoder waits for its GPU, or takes what the decoders leave
+_DEATHS = 20  # of a decoding process, machines that go away included, before its rows are given up
+
+
+def embedding_resources(num_encoders: int, *, use_gpu: bool) -> dict[str, float]:
+    """Return what `num_encoders` encoders and one decoder need at least, for `session.check_resources`."""
+    gpus = {"GPU": float(num_encoders)} if use_gpu else {}
+    return {"CPU": ENCODER_CPUS * num_encoders + DECODER_CPUS} | gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +37,30 @@ class Picture:
     caption: str = ""
 
 
-@ray.remote(num_cpus=DECODER_CPUS, max_retries=5)
-def decode_images(
-    rows: Sequence[Sample | Picture], preprocessing: Preprocessing
-) -> tuple[np.ndarray[Any, Any], list[bool], list[Reject]]:
-    """Return uint8[n, 3, H, W] of the readable images, which rows they are, and why the others are not."""
+class Decoded(NamedTuple):
+    """images: uint8[n, 3, H, W] of the n readable rows; readable: which rows these are; why the others are not.
+
+    num_bytes: encoded; seconds: that the task was busy.
+    """
+
+    images: np.ndarray[Any, Any]
+    readable: list[bool]
+    rejects: list[Reject]
+    num_bytes: int
+    seconds: float
+
+
+@ray.remote(num_cpus=DECODER_CPUS, max_retries=_DEATHS)
+def decode_images(rows: Sequence[Sample | Picture], preprocessing: Preprocessing) -> Decoded:
+    """Decode rows, fetching pictures first. An image that cannot be used is a reject."""
+    started, num_bytes = time.perf_counter(), 0
     images, readable, rejects = [], [], []
     for row in rows:
         try:
-            if isinstance(row, Picture):
-                cut = row.crop.cut if row.crop else None
-                images.append(preprocess_image(fetch(row.uri), preprocessing, cut=cut))
-            else:
-                images.append(preprocess_image(row.image, preprocessing))
+            data = fetch_image(row.uri) if isinstance(row, Picture) else row.image
+            num_bytes += len(data)
+            cut = row.crop.cut if isinstance(row, Picture) and row.crop else None
+            images.append(preprocess_image(data, preprocessing, cut=cut))
             readable.append(True)
         except ImageError as error:
             readable.append(False)
@@ -52,10 +71,10 @@ def decode_images(
             rejects.append(Reject("", row.key, "missing", str(error)))
     size = preprocessing.size
     stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-    return stacked, readable, rejects
+    return Decoded(stacked, readable, rejects, num_bytes, time.perf_counter() - started)
 
 
-@ray.remote(num_cpus=DECODER_CPUS, max_retries=5)
+@ray.remote(num_cpus=DECODER_CPUS, max_retries=_DEATHS)
 def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarray[Any, Any] | tuple[str, str]]:
     """Return for each picture uint8[3, H, W], or the reason and detail why it cannot be used.
 
@@ -65,32 +84,9 @@ def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarr
     found: list[np.ndarray[Any, Any] | tuple[str, str]] = []
     for uri in uris:
         try:
-            found.append(preprocess_image(fetch(uri), preprocessing))
+            found.append(preprocess_image(fetch_image(uri), preprocessing))
         except ImageError as error:
             found.append((error.reason, f"{files.redact(uri)}: {error.detail}"))
         except CirError as error:
             found.append(("missing", str(error)))
     return found
-
-
-def fetch(uri: str) -> bytes:
-    """Return a picture's bytes, cut where no picture may be larger; network failures are tried again.
-
-    Raises:
-        CirError: the picture is not there, or access is refused.
-        OSError: the store does not answer.
-    """
-    # fsspec calls any failure of a web server, "come back later" too, a file that is not there
-    firm = () if uri.startswith(("http://", "https://")) else (CirError,)
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_not_exception_type(firm),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=10),
-        stop=tenacity.stop_after_attempt(5),
-        reraise=True,
-    )
-    return retrying(_read, uri)
-
-
-def _read(uri: str) -> bytes:
-    with files.open_stream(uri) as stream:
-        return stream.read(MAX_BYTES + 1)

@@ -26,7 +26,8 @@ class EmbedConfig(JobConfig):
 
     data: str = Field(
         "",
-        description="Shards (folder, file, glob or {000..099} range of .tar or .parquet) or a folder of images; any URI.",
+        description="Shards (folder, file, glob or {000..099} range of .tar or .parquet, or a .txt that lists such), a "
+        ".csv or .parquet with a column of image URIs, or a folder of images; any URI.",
     )
     output: str = Field("", description="URI of the store. Empty: <storage_path>/stores/<identity>.")
     model: str = Field(
@@ -34,9 +35,15 @@ class EmbedConfig(JobConfig):
     )
     pretrained: str | None = Field(None, description="Weights tag of a named model, or a .safetensors file.")
     adapter: str | None = Field(None, description="PEFT adapter folder or URI, as tat_train writes it.")
+    ids: Literal["key", "shard"] = Field(
+        "key", description="Ids of the store: the key of a sample, or <shard name>/<key> where every shard counts anew."
+    )
     captions: Literal["no", "text", "embed"] = Field("no", description="Keep captions as text, or embed them too.")
     batch_size: PositiveInt = Field(256, description="Images per encoder call.")
     num_encoders: PositiveInt = Field(1, description="Actors that hold the model.")
+    encoder_threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="Threads of an encoder on the CPU; 0: the cores of its machine."
+    )
     use_gpu: bool = Field(False, description="One GPU per encoder.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")
     dtype: Literal["float32", "float16"] = Field("float32", description="Type of the stored embeddings.")
@@ -44,7 +51,10 @@ class EmbedConfig(JobConfig):
         None, description="How a picture is brought to size; default: the model's own way."
     )
     max_rejects: Annotated[int, Field(ge=-1)] = Field(
-        -1, description="Stop without committing above this many unreadable images; -1 = never."
+        -1, description="Stop without committing above this many unusable images; -1 = any number."
+    )
+    max_reject_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Stop when a larger share of the images is unusable (from the first thousand on)."
     )
 
 

@@ -1,11 +1,21 @@
-"""The actor that embeds shards, and what it is told."""
+"""The actor that embeds shards, and what it is told.
+
+A unit streams through it: rows are read (the next range of a remote shard on its way), chunks of them are decoded by
+tasks anywhere in the cluster, encoded here, and appended to the unit's part. A chunk is bounded in rows and bytes and
+few are under way, so memory depends neither on the size of a shard nor on their number. An actor works on two units at
+once: one is read and written while the other is encoded.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import json
+import os
+import threading
+import time
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,28 +23,39 @@ import ray
 import tenacity
 import torch
 
-from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec
+from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, StoreSpec
 from cir_core.encoders import load_encoder
 from cir_core.schema import Reject
-from cir_core.shards import Sample, Slice, read_shard, read_slice
-from jobs.decoding import Picture, decode_images
+from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
+from jobs.decoding import Decoded, Picture, decode_images
+from jobs.progress import Meter, StageMetrics
 
-_IN_FLIGHT = 4  # chunks being decoded per encoder: enough to hide a decode behind an encode, small enough for memory
+UNITS_AT_ONCE = 2  # per encoder: the ends of one unit overlap with the middle of another
+_IN_FLIGHT = 3  # chunks being decoded per unit: enough to hide a decode behind an encode
+_CHUNK_BYTES = 64 << 20  # encoded images of a chunk, so that a shard of huge files does not fill the object store
+Row = Sample | Picture
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work: a shard, a run of an image folder's files, or pictures. number: names its part."""
+    """One unit of work: a shard, a run of a folder's files or of a list's rows, or pictures. number: names its part.
+
+    rejects: rows that the listing alone showed to be of no use.
+    """
 
     number: int
     shard: str
     files: Slice | None = None
     pictures: tuple[Picture, ...] = ()
+    rejects: tuple[Reject, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
-    """What to embed with what, and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded)."""
+    """What to embed with what, and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded).
+
+    ids: "key", or "shard" for <name of the shard>/<key>, where keys repeat from shard to shard.
+    """
 
     units: tuple[Unit, ...]
     output: str
@@ -47,6 +68,8 @@ class EmbedPlan:
     captions: str
     batch_size: int
     use_gpu: bool
+    ids: str = "key"
+    encoder_threads: int = 0
 
     @property
     def encoder(self) -> tuple[str, str | None, str | None, str, str | None]:
@@ -54,94 +77,160 @@ class EmbedPlan:
         return self.model, self.pretrained, self.adapter, self.precision, self.preprocessing_mode
 
 
-class ShardEmbedder:
-    """An actor that turns units of one or several plans into parts; it holds one model at a time."""
+@dataclass(frozen=True)
+class _Session:
+    """What a unit of one plan needs."""
 
-    def __init__(self, plans: list[EmbedPlan]) -> None:
-        self.plans, self.plan = plans, plans[0]
-        self.number = -1  # of the plan that is set up
-        self.rows_read = 0  # of the unit under way
+    plan: EmbedPlan
+    encoder: Any
+    writer: EmbeddingWriter
 
-    def _set_up(self, number: int) -> None:
-        if number == self.number:
-            return
-        plan = self.plans[number]
-        if self.number < 0 or plan.encoder != self.plan.encoder:
-            model, pretrained, adapter, precision, mode = plan.encoder
-            device = "cuda" if plan.use_gpu else "cpu"
-            self.encoder = load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode)
-        self.number, self.plan, self.writer = number, plan, EmbeddingWriter(plan.output, plan.spec)
-
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Embed the units in `batch`: numbers of their plans and of the units in them; one row of counts each."""
-        for plan, unit in zip(batch["plan"], batch["unit"], strict=True):
-            self._set_up(int(plan))
-            info = self.embed(self.plan.units[int(unit)])
-            yield {"rows": np.array([info.num_rows]), "rejects": np.array([info.num_rejects])}
-
-    @tenacity.retry(
-        retry=tenacity.retry_if_exception_type(OSError),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
-        stop=tenacity.stop_after_attempt(6),
-        reraise=True,
-    )
-    def embed(self, unit: Unit) -> PartInfo:
-        """Read, decode, encode and write one unit; a network failure anywhere repeats the whole unit."""
-        ids: list[str] = []
-        captions: list[str] = []
-        embeddings: list[torch.Tensor] = []
-        rejects: list[Reject] = []
-        for rows, images, found in self._decoded(unit, rejects):
-            rejects += found
-            ids += [row.key for row in rows]
-            captions += [row.caption for row in rows]
-            if rows:
-                embeddings.append(self.encoder.encode_images(torch.from_numpy(images.copy())).cpu())
-        if self.rows_read != len(ids) + len(rejects):
-            raise RuntimeError(f"{unit.shard}: read {self.rows_read} rows, kept {len(ids)}, rejected {len(rejects)}")
-        keep_text = self.plan.captions != "no"
-        texts = self.encoder.encode_texts(captions).cpu().numpy() if self.plan.captions == "embed" else None
-        stacked = torch.cat(embeddings).numpy() if embeddings else np.zeros((0, self.encoder.dim), np.float32)
-        return self.writer.write_part(
-            unit.number,
-            ids,
-            stacked,
-            columns={"caption": captions} if keep_text else {},
-            caption_embeddings=texts,
-            rejects=rejects,
-        )
-
-    def _decoded(
-        self, unit: Unit, rejects: list[Reject]
-    ) -> Iterator[tuple[list[Sample | Picture], np.ndarray[Any, Any], list[Reject]]]:
-        """Yield (readable rows, images, rejects) in order, with a bounded number of chunks being decoded."""
-        waiting: deque[tuple[list[Sample | Picture], Any]] = deque()
-        source: Iterator[Sample | Picture | Reject]
+    def rows(self, unit: Unit) -> Iterator[Row | Reject]:
+        """Read a unit: usable rows, and rejects."""
+        yield from unit.rejects
         if unit.pictures:
-            source = iter(unit.pictures)
+            yield from unit.pictures
         elif unit.files is not None:
-            source = read_slice(unit.files, require_caption=False)
-        else:
-            source = read_shard(unit.shard, require_caption=False)
-        samples = self._counted(source, rejects)
-        while True:
-            chunk = list(itertools.islice(samples, self.plan.batch_size))
-            if chunk:
-                waiting.append((chunk, decode_images.remote(chunk, self.encoder.preprocessing)))
-            if waiting and (len(waiting) >= _IN_FLIGHT or not chunk):
-                rows, ref = waiting.popleft()
-                images, readable, found = ray.get(ref)
-                yield list(itertools.compress(rows, readable)), images, found
-            elif not chunk:
-                return
+            yield from read_slice_rows(unit.files, require_caption=False)
+        elif not unit.rejects:
+            yield from read_shard(unit.shard, require_caption=False)
 
-    def _counted(
-        self, source: Iterator[Sample | Picture | Reject], rejects: list[Reject]
-    ) -> Iterator[Sample | Picture]:
-        self.rows_read = 0
-        for row in source:
+    def row_id(self, row: Row) -> str:
+        """Return the id of a row in the store."""
+        if self.plan.ids == "shard" and isinstance(row, Sample):
+            return f"{shard_name(row.shard)}/{row.key}"
+        return row.key
+
+
+class _Counted:
+    """The rows of a unit, in chunks. rows_read: every row that was asked for, good and bad."""
+
+    def __init__(self, rows: Iterator[Row | Reject]) -> None:
+        self._rows, self.rows_read = rows, 0
+
+    def next_chunk(self, max_rows: int) -> tuple[list[Row], list[Reject]]:
+        """Take rows for one decoding task, and the rejects on the way; both empty at the end. Bounded in rows and bytes."""
+        rows: list[Row] = []
+        rejects: list[Reject] = []
+        held = 0
+        while len(rows) < max_rows and held < _CHUNK_BYTES and len(rejects) < max_rows:
+            row = next(self._rows, None)
+            if row is None:
+                break
             self.rows_read += 1
             if isinstance(row, Reject):
                 rejects.append(row)
             else:
-                yield row
+                rows.append(row)
+                held += len(row.image) if isinstance(row, Sample) else 0
+        return rows, rejects
+
+
+def shard_name(uri: str) -> str:
+    """Return the name of a shard without folder and suffix."""
+    return uri.rpartition("/")[2].rpartition(".")[0]
+
+
+class ShardEmbedder:
+    """An actor that turns units of one or several plans into parts; it loads one model at a time."""
+
+    def __init__(self, plans: list[EmbedPlan], board: ray.actor.ActorHandle | None = None) -> None:
+        self.plans, self.board = plans, board
+        self.metrics = StageMetrics("embed")
+        self._setting_up, self._encoding = threading.Lock(), threading.Lock()
+        self._sessions: dict[int, _Session] = {}
+        if not plans[0].use_gpu:  # Ray gives an actor of half a core one thread
+            torch.set_num_threads(plans[0].encoder_threads or len(os.sched_getaffinity(0)))
+
+    def _session(self, number: int) -> _Session:
+        with self._setting_up:
+            if number not in self._sessions:
+                plan = self.plans[number]
+                others = [one for one in self._sessions.values() if one.plan.encoder == plan.encoder]
+                encoder = others[0].encoder if others else self._load(plan)
+                self._sessions = {key: one for key, one in self._sessions.items() if one in others}
+                self._sessions[number] = _Session(plan, encoder, EmbeddingWriter(plan.output, plan.spec))
+            return self._sessions[number]
+
+    @staticmethod
+    def _load(plan: EmbedPlan) -> Any:
+        model, pretrained, adapter, precision, mode = plan.encoder
+        device = "cuda" if plan.use_gpu else "cpu"
+        return load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode)
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Embed the units in `batch`; one row for each: its plan, its PartInfo and why rows were rejected, as JSON."""
+        for number, unit in zip(batch["plan"], batch["unit"], strict=True):
+            session = self._session(int(number))
+            info = session.writer.finished_part(unit.number)  # by an attempt that died before it could say so
+            reasons: Counter[str] = Counter()
+            if info is None:
+                info, reasons = self.embed(session, unit)
+            told = {"plan": int(number), "part": asdict(info), "reasons": reasons, "shard": unit.shard}
+            yield {"told": np.array([json.dumps(told)])}
+
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception_type(OSError),
+        wait=tenacity.wait_random_exponential(multiplier=1, max=30),
+        stop=tenacity.stop_after_attempt(3),
+        reraise=True,
+    )
+    def embed(self, session: _Session, unit: Unit) -> tuple[PartInfo, Counter[str]]:
+        """Read, decode, encode and write one unit; a network failure that outlasts all patience repeats it."""
+        plan = session.plan
+        meter = Meter(self.board, self.metrics, key=f"{plan.output} {unit.number}")
+        with session.writer.part(
+            unit.number,
+            columns=[] if plan.captions == "no" else ["caption"],
+            caption_embeddings=plan.captions == "embed",
+        ) as part:
+            source = _Counted(session.rows(unit))
+            for rows, decoded in self._decoded(session, source, part, meter):
+                part.reject(decoded.rejects)
+                kept = list(itertools.compress(rows, decoded.readable))
+                if kept:
+                    self._append(session, part, kept, decoded.images, meter)
+                meter.count(rows=len(kept), rejects=len(decoded.rejects), megabytes=decoded.num_bytes / 1e6)
+                meter.busy("decode", decoded.seconds)
+            if source.rows_read != part.num_rows + len(part.rejects):
+                raise RuntimeError(
+                    f"{unit.shard}: read {source.rows_read} rows, kept {part.num_rows}, rejected {len(part.rejects)}"
+                )
+            closing = time.perf_counter()
+        meter.took("write", time.perf_counter() - closing)
+        meter.tell()
+        if part.info is None:
+            raise RuntimeError(f"{part.name} is not finished")
+        return part.info, Counter(reject.reason for reject in part.rejects)
+
+    def _append(
+        self, session: _Session, part: PartWriter, rows: list[Row], images: np.ndarray[Any, Any], meter: Meter
+    ) -> None:
+        captions = [row.caption for row in rows]
+        with meter.stage("encode"), self._encoding:
+            embeddings = session.encoder.encode_images(torch.from_numpy(images.copy())).cpu().numpy()
+            texts = session.encoder.encode_texts(captions).cpu().numpy() if session.plan.captions == "embed" else None
+        with meter.stage("write"):
+            columns = {} if session.plan.captions == "no" else {"caption": captions}
+            part.add([session.row_id(row) for row in rows], embeddings, columns=columns, caption_embeddings=texts)
+
+    def _decoded(
+        self, session: _Session, source: _Counted, part: PartWriter, meter: Meter
+    ) -> Iterator[tuple[list[Row], Decoded]]:
+        """Yield chunks of rows and what their images decode to, in order; rows that are no images go to `part`."""
+        waiting: deque[tuple[list[Row], Any]] = deque()
+        preprocessing = session.encoder.preprocessing
+        while True:
+            with meter.stage("read"):
+                chunk, rejects = source.next_chunk(session.plan.batch_size)
+            part.reject(rejects)
+            meter.count(rejects=len(rejects))
+            if chunk:
+                waiting.append((chunk, decode_images.remote(chunk, preprocessing)))
+            if waiting and (len(waiting) >= _IN_FLIGHT or not chunk):
+                rows, ref = waiting.popleft()
+                with meter.stage("decode"):
+                    decoded: Decoded = ray.get(ref)
+                yield rows, decoded
+            elif not chunk and not rejects:
+                return

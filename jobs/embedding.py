@@ -8,47 +8,89 @@ A rerun skips the parts that are finished; the manifest is written last.
 from __future__ import annotations
 
 import json
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
 from cir_core import files
-from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec, listing_digest
+from cir_core.embedding_store import (
+    EmbeddingStore,
+    EmbeddingWriter,
+    PartInfo,
+    StoreSpec,
+    listing_digest,
+    part_info,
+)
 from cir_core.encoders import EncoderDetails
 from cir_core.files import StoredFile
 from cir_core.schema import CirError
-from cir_core.shards import index_image_folder, list_images, list_shards, shard_versions
-from jobs.decoding import Picture
-from jobs.embedder import EmbedPlan, ShardEmbedder, Unit
+from cir_core.shards import cut_uri_list, index_image_folder, is_uri_list, list_images, list_shards, shard_versions
+from jobs.decoding import ENCODER_CPUS, Picture
+from jobs.embedder import UNITS_AT_ONCE, EmbedPlan, ShardEmbedder, Unit, shard_name
+from jobs.embedding_progress import EmbeddingProgress, RejectLimit
+from jobs.progress import Reporter
 from jobs.session import say
 from jobs.storage import absolute
+from jobs.tracking import Tracker
 
-_FOLDER_ROWS = 4096  # images of a folder that make one part
+_MAX_BLOCKS = 2000  # Ray Data keeps books for each
+_FOLDER_ROWS = 4096  # images of a folder, or rows of a list, that make one part
 
 
-def find_units(data: str) -> tuple[list[Unit], str]:
-    """Return the units of work of shards or of an image folder, and a digest of the listing.
+def find_units(data: str, *, captions: bool = True) -> tuple[list[Unit], str]:
+    """Return the units of work of shards, of lists of image URIs or of an image folder, and a digest of the listing.
+
+    captions: whether the `.txt` files of a folder are wanted.
 
     Raises:
-        CirError: there are neither shards nor images.
+        CirError: there is none of these, or it cannot be read.
     """
     try:
         shards = list_shards(data)
     except CirError as no_shards:
+        if not files.is_folder(data):
+            raise
         try:
-            images = list_images(data)
+            return _folder_units(data, captions=captions)
         except CirError:
             raise no_shards from None
-        index = index_image_folder(data, slice_rows=_FOLDER_ROWS)
-        units = [Unit(number, part.shard, part) for number, part in enumerate(index.slices)]
-        listing = [(absolute(item.uri), item.size_bytes, item.modified_ns) for item in images]
-    else:
-        units = [Unit(number, shard) for number, shard in enumerate(shards)]
-        listing = [(absolute(shard), size, modified) for shard, size, modified in shard_versions(shards)]
+    units: list[Unit] = []
+    for shard in shards:
+        if shard == shards[0] or files.redact(shard).endswith(
+            ".csv"
+        ):  # the rest of the Parquet files is like the first
+            lists = is_uri_list(shard)
+        if lists:
+            cut = cut_uri_list(shard, _FOLDER_ROWS)
+            units += [Unit(number, part.shard, part) for number, part in enumerate(cut, start=len(units))]
+        else:
+            units.append(Unit(len(units), shard))
+    listing = [(absolute(shard), size, modified) for shard, size, modified in shard_versions(shards)]
     return units, listing_digest(listing)
+
+
+def _folder_units(data: str, *, captions: bool) -> tuple[list[Unit], str]:
+    listed = files.list_files(data)
+    index = index_image_folder(data, slice_rows=_FOLDER_ROWS, captions=captions, listed=listed)
+    units = [Unit(number, part.shard, part) for number, part in enumerate(index.slices)]
+    if index.rejects:
+        units.append(Unit(len(units), files.redact(data), rejects=index.rejects))
+    wanted = list_images(data, listed=listed) if not captions else listed
+    return units, listing_digest((absolute(item.uri), item.size_bytes, item.modified_ns) for item in wanted)
+
+
+def check_shard_names(units: Sequence[Unit]) -> None:
+    """Raise CirError if ids made of shard names could not tell shards apart."""
+    shards = {unit.shard for unit in units}
+    names = Counter(map(shard_name, shards))
+    if len(names) < len(shards):
+        name, count = names.most_common(1)[0]
+        raise CirError(f"--ids shard: {count} shards are named {name!r}, in different folders; embed them one by one")
 
 
 def picture_units(pictures: Sequence[Picture], versions: Mapping[str, StoredFile]) -> tuple[list[Unit], str]:
@@ -69,7 +111,7 @@ def picture_units(pictures: Sequence[Picture], versions: Mapping[str, StoredFile
     return units, listing_digest(listing)
 
 
-def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_digest: str) -> StoreSpec:
+def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_digest: str, ids: str = "key") -> StoreSpec:
     """Return the identity of the store that this encoder makes of this input."""
     return StoreSpec(
         model=details.model,
@@ -81,7 +123,7 @@ def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_dige
         preprocessing=details.preprocessing_tag,
         dim=details.dim,
         dtype=dtype,
-        input_digest=f"{input_digest}:{captions}",
+        input_digest=f"{input_digest}:{captions}" + ("" if ids == "key" else f":{ids}"),
     )
 
 
@@ -90,75 +132,105 @@ def store_uri(storage_path: str, spec: StoreSpec) -> str:
     return files.join(absolute(storage_path), "stores", spec.identity[:16])
 
 
-def some_rejects(output: str, limit: int = 5) -> list[str]:
-    """Name some of the rows that a store or a run rejected, with their reasons."""
-    found: list[str] = []
-    for item in files.list_files(files.join(output, "rejects")):
-        with files.open_parquet(item.uri, "rejects") as file:
-            for row in file.read().to_pylist():
-                found.append(f"{row['shard']} {row['key']} ({row['reason']} {row['detail']})")
-        if len(found) >= limit:
-            break
-    return found[:limit]
-
-
-def embed_stores(plans: Sequence[EmbedPlan], *, num_encoders: int, max_rejects: int | None) -> list[EmbeddingStore]:
+def embed_stores(
+    plans: Sequence[EmbedPlan],
+    *,
+    num_encoders: int,
+    max_rejects: int | None,
+    max_reject_share: float = 1.0,
+    tracker: Tracker | None = None,
+) -> list[EmbeddingStore]:
     """Make the stores, or reuse what is there: committed stores of the same identity, finished parts of others.
 
     Args:
         plans: what, with what, where; plans that share an encoder should be neighbours.
         num_encoders: actors, each with a copy of the model (and a GPU where plan.use_gpu).
-        max_rejects: more unreadable images than this in a store are an error, and it is not committed; None = any number.
+        max_rejects: more unusable rows than this in a store stop the run, and it is not committed; None = any number.
+        max_reject_share: a larger share of unusable rows does so as well.
+        tracker: gets progress while the run lasts.
 
     Raises:
         CirError: too many rejects (the message names some), or a folder holds another store.
     """
     writers = [EmbeddingWriter(plan.output, plan.spec) for plan in plans]
+    limits = [RejectLimit(plan.output, max_rejects, max_reject_share) for plan in plans]
     todo = []
     for number, (plan, writer) in enumerate(zip(plans, writers, strict=True)):
-        done = writer.finished_parts()
+        done = {} if writer.committed else writer.finished_parts()
         if not writer.committed:
-            todo += [{"plan": number, "unit": unit.number} for unit in plan.units if unit.number not in done]
+            todo += [{"plan": number, "unit": unit} for unit in plan.units if unit.number not in done]
             if done:
                 say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
+        for part in done.values():
+            limits[number].count(part.num_rows, part.num_rejects)
     if todo:
-        _run(plans, todo, min(num_encoders, len(todo)))
-    return [_commit(plan, writer, max_rejects) for plan, writer in zip(plans, writers, strict=True)]
+        _run(plans, todo, min(num_encoders, len(todo)), limits, tracker)
+    return [_commit(plan, writer, limit) for plan, writer, limit in zip(plans, writers, limits, strict=True)]
 
 
-def _commit(plan: EmbedPlan, writer: EmbeddingWriter, max_rejects: int | None) -> EmbeddingStore:
+def _commit(plan: EmbedPlan, writer: EmbeddingWriter, limit: RejectLimit) -> EmbeddingStore:
     parts = writer.finished_parts()
+    if not writer.committed:
+        before = parts
+        parts = writer.drop_duplicates(parts)
+        dropped = sum(parts[number].num_rejects - before[number].num_rejects for number in parts)
+        if dropped:
+            say(f"{plan.output}: {dropped} rows have an id that an earlier part has; they are now rejects")
     rejected = sum(part.num_rejects for part in parts.values())
-    if max_rejects is not None and rejected > max_rejects:
-        raise CirError(
-            f"{rejected} images cannot be used, more than the {max_rejects} allowed; {plan.output} is not used. "
-            f"Repair or remove them at the source: {'; '.join(some_rejects(plan.output))}"
-        )
     rows_in = sum(part.num_rows + part.num_rejects for part in parts.values())  # each part was checked when written
+    limit.check(rows_in - rejected, rejected)
     reused = ", reused" if writer.committed else ""
     if not writer.committed:
-        writer.commit(rows_in=rows_in, parts=parts.values())
+        if len(parts) != len(plan.units):
+            raise RuntimeError(
+                f"{len(plan.units) - len(parts)} of {len(plan.units)} parts of {plan.output} are missing"
+            )
+        writer.commit(rows_in=rows_in, parts=parts.values(), check_unique_ids=False)
     say(f"embedding store {plan.output}: {rows_in - rejected} rows, {rejected} rejects{reused}")
     return EmbeddingStore.open(plan.output)
 
 
-def _run(plans: Sequence[EmbedPlan], todo: list[dict[str, int]], num_encoders: int) -> None:
-    dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-        ShardEmbedder,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=num_encoders),
-        num_cpus=0.5,
-        num_gpus=1 if plans[0].use_gpu else None,
-        fn_constructor_args=(list(plans),),
-    )
-    started, rows, rejects, last = time.perf_counter(), 0, 0, 0.0
-    for finished, row in enumerate(dataset.iter_rows(), start=1):
-        rows, rejects = rows + int(row["rows"]), rejects + int(row["rejects"])
-        elapsed = time.perf_counter() - started
-        if elapsed - last > 5 or finished == len(todo):
-            last = elapsed
-            eta = elapsed / finished * (len(todo) - finished)
-            say(
-                f"embedded {finished}/{len(todo)} shards ({100 * finished / len(todo):.0f} %)  {rows} rows  "
-                f"{rows / elapsed:.0f} images/s  {rejects} rejects  ETA {eta:.0f} s"
-            )
+def _run(
+    plans: Sequence[EmbedPlan],
+    todo: list[dict[str, Any]],
+    num_encoders: int,
+    limits: Sequence[RejectLimit],
+    tracker: Tracker | None,
+) -> None:
+    progress = EmbeddingProgress(len(todo), tracker)
+    with progress, Reporter(progress.show) as reporter:
+        dataset = ray.data.from_items(todo, override_num_blocks=min(len(todo), _MAX_BLOCKS)).map_batches(
+            ShardEmbedder,
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                size=num_encoders, max_concurrent_calls_per_actor=UNITS_AT_ONCE, enable_true_multi_threading=True
+            ),
+            num_cpus=ENCODER_CPUS,
+            num_gpus=1 if plans[0].use_gpu else None,
+            fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board),
+        )
+        dataset.context.target_max_block_size = 1  # each unit's row is told when it is there
+        known: dict[int, list[PartInfo]] = {}
+        for row in dataset.iter_rows():
+            told = json.loads(str(row["told"]))
+            part, number = part_info(told["part"]), told["plan"]
+            progress.finished_unit()
+            limits[number].count(part.num_rows, part.num_rejects, told["reasons"])
+            limits[number].check()
+            if part.num_rows and len(known.setdefault(number, [])) < 2:
+                known[number].append(part)
+                if len(known[number]) == 2:
+                    _check_ids_differ(plans[number], known[number])
+
+
+def _check_ids_differ(plan: EmbedPlan, parts: Sequence[PartInfo]) -> None:
+    """Raise CirError if most ids of one part are in the other as well: keys are counted anew in every shard.
+
+    The same image twice in a data set is no mistake (`drop_duplicates`); this is, and is better known early.
+    """
+    repeated = [row for rows in EmbeddingWriter(plan.output, plan.spec).duplicates(parts).values() for row in rows]
+    if 2 * len(repeated) > min(part.num_rows for part in parts):
+        raise CirError(
+            f"ids repeat from shard to shard ({len(repeated)} of them, such as {repeated[0][0]!r}, in {parts[0].name} and "
+            f"{parts[1].name}); with --ids shard an id is <shard name>/<key>. Give another --output then"
+        )

@@ -15,9 +15,8 @@ from cir_core.evaluation import has_test_server, write_submission
 from cir_core.preprocessing import ImageError
 from cir_core.reporting import contact_sheet, plots
 from cir_core.schema import CirError
-from cir_core.shards import find_images, list_shards
+from cir_core.shards import fetch_image, find_images, list_shards
 from jobs import tracking
-from jobs.decoding import fetch
 from jobs.retrieval_outcomes import Outcome, averaged, by_part, by_variant, flat_protocol, groups_of
 from jobs.retrieval_tables import SCENES_NOTE
 from jobs.session import say
@@ -46,7 +45,7 @@ def gallery_pictures(benchmark: Benchmark, wanted: frozenset[str]) -> Mapping[st
     pictures: dict[str, bytes | None] = dict.fromkeys(wanted)
     for name, file in benchmark.image_files(sorted(wanted), missing="skip").items():
         with suppress(CirError, OSError, ImageError):
-            pictures[name] = _cut_out(benchmark, name, fetch(file.uri))
+            pictures[name] = _cut_out(benchmark, name, fetch_image(file.uri))
     return pictures
 
 

@@ -13,6 +13,8 @@ from cir_core.schema import CirError
 from jobs.config import public
 
 STATE = "state.safetensors"  # what a tuning run can go on from, one in each <run>/state/step-NNNNNNNN/
+CHECK_S = 15.0
+"""Patience with a store while what the user typed is checked; see `files.patience`."""
 _NAME = re.compile(r"\w[^/\\:?*#%\[\]{}\x00-\x1f]{0,199}")  # one folder in every store: no path, glob or URI query
 
 

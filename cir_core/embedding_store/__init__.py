@@ -10,7 +10,7 @@ A part is one piece of the input, numbered from 0 by the caller; the rows of the
 in order. The identity of a store is the hash of everything that made it: see `StoreSpec`.
 """
 
-from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest
+from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest, part_info
 from cir_core.embedding_store.part import PartWriter
 from cir_core.embedding_store.read import Block, EmbeddingStore
 from cir_core.embedding_store.unique import hash_ids
@@ -26,4 +26,5 @@ __all__ = [
     "StoreSpec",
     "hash_ids",
     "listing_digest",
+    "part_info",
 ]

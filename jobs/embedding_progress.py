@@ -1,0 +1,106 @@
+"""What an embedding run says of itself while it lasts, and when it has rejected so much that it stops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ray.util import metrics
+
+from cir_core import files
+from cir_core.schema import CirError
+from jobs.progress import describe_stages, stage_shares
+from jobs.session import say
+from jobs.tracking import LiveMetrics, Tracker
+
+_ENOUGH_ROWS = 1000  # before a share means anything while the run lasts
+
+
+class RejectLimit:
+    """Counts a store's rows and stops the run when too many of them could not be used.
+
+    max_rejects: how many, None for any number; max_share: which share, judged from the first thousand rows on.
+    """
+
+    def __init__(self, output: str, max_rejects: int | None, max_share: float) -> None:
+        self.output, self.max_rejects, self.max_share = output, max_rejects, max_share
+        self.rows, self.rejects = 0, 0
+        self.reasons: Counter[str] = Counter()
+
+    def count(self, rows: int, rejects: int, reasons: Mapping[str, int] | None = None) -> None:
+        """Take in a finished part."""
+        self.rows, self.rejects = self.rows + rows, self.rejects + rejects
+        self.reasons.update(reasons or {})
+
+    def check(self, rows: int | None = None, rejects: int | None = None) -> None:
+        """Raise CirError above the limit; with counts, judge these: they are final."""
+        final = rows is not None and rejects is not None
+        kept, rejected = (rows or 0, rejects or 0) if final else (self.rows, self.rejects)
+        seen = kept + rejected
+        too_many = self.max_rejects is not None and rejected > self.max_rejects
+        too_large = (final or seen >= _ENOUGH_ROWS) and rejected > self.max_share * seen
+        if not (too_many or too_large):
+            return
+        limit = f"{self.max_rejects}" if too_many else f"share of {self.max_share:g}"
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common(5))
+        raise CirError(
+            f"{rejected} of {seen} images cannot be used, more than the {limit} allowed; {files.redact(self.output)} is "
+            f"not committed. {f'Reasons: {reasons}. ' if reasons else ''}Such as {'; '.join(some_rejects(self.output))}. "
+            "Repair or remove them at the source, or allow more: what is done stays done"
+        )
+
+
+def some_rejects(output: str, limit: int = 5) -> list[str]:
+    """Name some of the rows that a store or a run rejected, with their reasons."""
+    found: list[str] = []
+    for item in files.list_files(files.join(output, "rejects")):
+        with files.open_parquet(item.uri, "rejects") as file:
+            for row in file.read().to_pylist():
+                found.append(f"{row['shard']} {row['key']} ({row['reason']} {row['detail']})")
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+class EmbeddingProgress:
+    """Turns the totals of a run into a line, MLflow metrics (step: seconds since the start) and Ray gauges."""
+
+    def __init__(self, num_units: int, tracker: Tracker | None) -> None:
+        self._num_units, self._finished = num_units, 0
+        self._live = LiveMetrics(tracker.uri, tracker.run_id, marker="images_per_second") if tracker else None
+        self._shards = metrics.Gauge("cir_embed_shards", description="Shards to embed.", tag_keys=("state",))
+
+    def finished_unit(self) -> None:
+        """Count a part that is on storage."""
+        self._finished += 1
+
+    def __enter__(self) -> EmbeddingProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.close()
+
+    def show(self, elapsed_s: float, totals: Mapping[str, float]) -> None:
+        """Say how far the run is; called from the reporter's thread."""
+        found = {name: totals.get(name, 0.0) for name in ("rows", "rejects", "megabytes")}
+        shares = stage_shares(totals)
+        row: dict[str, Any] = {
+            **found,
+            "images_per_second": found["rows"] / elapsed_s,
+            "megabytes_per_second": found["megabytes"] / elapsed_s,
+            "shards_done": self._finished,
+            **{f"time_share/{stage}": share for stage, share in shares.items()},
+        }
+        self._shards.set(self._finished, tags={"state": "done"})
+        self._shards.set(self._num_units - self._finished, tags={"state": "left"})
+        if self._live is not None and totals:
+            self._live.log(int(elapsed_s), row)
+        left = self._num_units - self._finished
+        eta = f"  ETA {elapsed_s / self._finished * left:.0f} s" if self._finished else ""
+        say(
+            f"embedded {self._finished}/{self._num_units} shards ({100 * self._finished / self._num_units:.0f} %)  "
+            f"{found['rows']:.0f} rows  {row['images_per_second']:.0f} images/s  "
+            f"{row['megabytes_per_second']:.1f} MB/s  {found['rejects']:.0f} rejects{eta}  {describe_stages(shares)}"
+        )
