@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 import ray
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from cir_core.benchmarks import protocol_options
 from cir_core.schema import CirError
@@ -38,7 +38,9 @@ class BatchRetrieveConfig(JobConfig):
     """Settings of a retrieval run."""
 
     name: str = Field("", description="Run name. Empty: made from the settings.")
-    benchmark: str = Field("scenes", description="Benchmark name.")
+    benchmark: str = Field(
+        "scenes", description="cirr, circo, fashioniq, genecis, domain_conversion, scenes, or custom."
+    )
     root: str = Field("", description="The benchmark's folder. Empty with 'scenes': generated under storage_path.")
     split: str = Field(
         "",
@@ -116,19 +118,12 @@ class BatchRetrieveConfig(JobConfig):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")
     contact_sheet_rows: PositiveInt = Field(40, description="Queries shown with pictures.")
 
-    @field_validator("methods")
+    @field_validator("methods", "alphas")
     @classmethod
-    def _each_once(cls, methods: list[Method]) -> list[Method]:
-        if len(set(methods)) != len(methods):
-            raise ValueError("methods must name none twice")
-        return methods
-
-    @field_validator("alphas")
-    @classmethod
-    def _some(cls, alphas: list[float]) -> list[float]:
-        if len(set(alphas)) != len(alphas):
-            raise ValueError("alphas must hold no value twice")
-        return sorted(alphas)
+    def _each_once(cls, values: list[Any], info: ValidationInfo) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"{info.field_name} must hold no value twice")
+        return values
 
     @property
     def reported_split(self) -> str:

@@ -160,7 +160,6 @@ class ImageSources:
         self.captions = read_captions(config.gallery_captions) if config.gallery_captions else None
         self.sources: list[ImageSource] = []
         self._pictures: list[dict[str, Picture]] = []
-        self._places: list[dict[str, int]] = []
 
     def add(self, benchmark: Benchmark) -> int:
         """Return the place in `sources` of the store that holds a benchmark's images.
@@ -206,11 +205,10 @@ class ImageSources:
         return self.sources.index(source)
 
     def _same_order(self, number: int, benchmark: Benchmark) -> bool:
-        places = self._places[number]
+        places = {name: place for place, name in enumerate(self._pictures[number])}
         rows = [places[name] for name in benchmark.gallery_ids if name in places]
         return bool((np.diff(rows) > 0).all())
 
     def _remember(self, source: ImageSource, pictures: dict[str, Picture]) -> None:
         self.sources.append(source)
         self._pictures.append(pictures)
-        self._places.append({name: place for place, name in enumerate(pictures)})

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     """Check everything, then embed, then record the run. checking: the model, as `inspect_model` will describe it."""
     uri = tracking.resolve_uri(config.tracking_uri)
+    tracking.check_server(uri)
     with files.patience(CHECK_S):
-        tracking.check_server(uri)
         units, input_digest = find_units(config.data, captions=config.captions != "no")
-        spec = store_spec(
-            ray.get(checking).details,
-            dtype=config.dtype,
-            captions=config.captions,
-            input_digest=input_digest,
-            ids=config.ids,
-        )
-        output = absolute(config.output) if config.output else store_uri(config.storage_path, spec)
-        check_writable(output, "output")
+    spec = store_spec(
+        ray.get(checking).details,
+        dtype=config.dtype,
+        captions=config.captions,
+        input_digest=input_digest,
+        ids=config.ids,
+    )
+    output = absolute(config.output) if config.output else store_uri(config.storage_path, spec)
+    check_writable(output, "output")
     if config.ids == "shard":
         check_shard_names(units)
     check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))

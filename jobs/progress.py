@@ -130,6 +130,7 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._ending.set()
         self._thread.join(20)
+        ray.kill(self.board)
 
     def _run(self) -> None:
         ending = False

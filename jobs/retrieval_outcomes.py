@@ -98,12 +98,9 @@ def flat_protocol(outcome: Outcome, method: str) -> dict[str, object]:
     """Return all that a method's score depends on: the benchmark's protocol, and how the ranking was made."""
     if outcome.results:
         protocol = dict(outcome.best(method).protocol)
+        made = protocol.pop("ranking")
     else:
-        made = dict(outcome.ranking(method).protocol)
-        protocol = {"benchmark": outcome.benchmark.name, "split": outcome.benchmark.split} | dict(
-            outcome.benchmark.protocol
-        )
-        protocol["ranking"] = made
-    ranking = protocol.pop("ranking")
-    made = dict(ranking) if isinstance(ranking, Mapping) else {}
-    return protocol | {"alpha_source": outcome.alpha_source} | made
+        benchmark = outcome.benchmark
+        protocol = {"benchmark": benchmark.name, "split": benchmark.split} | dict(benchmark.protocol)
+        made = outcome.ranking(method).protocol
+    return protocol | {"alpha_source": outcome.alpha_source} | (dict(made) if isinstance(made, Mapping) else {})

@@ -206,7 +206,7 @@ def _mean_runs(outcomes: Sequence[Outcome]) -> Iterator[Child]:
                     if key == "part" or all(o.get(key) == value for o in same)
                 }
                 metrics = {key: mean for key, (mean, _, _) in averaged(parts, method).items()}
-                yield f"mean {group} {method} {variant}".replace("  ", " "), about, [], metrics
+                yield " ".join(filter(None, ("mean", group, method, variant))), about, [], metrics
 
 
 def _about(outcome: Outcome, method: str) -> dict[str, Any]:

@@ -43,10 +43,8 @@ def methods_table(outcomes: Sequence[Outcome]) -> Table:
 
 def metrics_table(outcomes: Sequence[Outcome], method: str) -> Table:
     """Every metric of one method in percent: a row for each variant and part, and for the mean over parts."""
-    alphas = {outcome.chosen[method] for outcome in outcomes} - {None}
-    at = (
-        f" at alpha {', '.join(f'{alpha:g}' for alpha in sorted(a for a in alphas if a is not None))}" if alphas else ""
-    )
+    alphas = sorted({alpha for outcome in outcomes if (alpha := outcome.chosen[method]) is not None})
+    at = f" at alpha {', '.join(f'{alpha:g}' for alpha in alphas)}" if alphas else ""
     table = _titled(f"{_title(outcomes)}: {method}{at}, in percent")
     table.add_column("")
     names = outcomes[0].benchmark.metrics

@@ -41,10 +41,11 @@ def absolute(uri: str) -> str:
 def check_writable(uri: str, field: str) -> None:
     """Write and remove a small file under `uri`, so that a wrong bucket or right shows before work starts."""
     try:
-        probe = files.join(absolute(uri), f".write-check-{uuid.uuid4().hex}")
-        files.write_bytes(probe, b"")
-        filesystem, path = files.filesystem(probe)
-        filesystem.delete_file(path)
+        with files.patience(CHECK_S):
+            probe = files.join(absolute(uri), f".write-check-{uuid.uuid4().hex}")
+            files.write_bytes(probe, b"")
+            filesystem, path = files.filesystem(probe)
+            filesystem.delete_file(path)
     except (OSError, CirError) as error:
         raise CirError(
             f"{field}={public(uri)!r} cannot be written to: {error}. Check that it exists and the credentials may write there"
