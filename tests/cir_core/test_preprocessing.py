@@ -1,5 +1,7 @@
 """Pixels equal to open_clip's, every kind of file, and hostile ones."""
 
+import dataclasses
+import functools
 import io
 import pickle
 import struct
@@ -11,12 +13,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import image_transform
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.transforms import functional as F
 from torchvision.transforms.functional import InterpolationMode
 
-from cir_core.preprocessing import IMAGE_ERROR_REASONS, ImageError, Preprocessing, normalize, preprocess_image
+from cir_core.preprocessing import (
+    IMAGE_ERROR_REASONS,
+    ImageError,
+    Preprocessing,
+    _padded,
+    _resized,
+    _scale,
+    normalize,
+    preprocess_image,
+)
 from cir_core.schema import CirError
 
 SIZE = 64
@@ -190,9 +201,123 @@ def test_first_frame_of_an_animation(form):
     assert np.abs(ours - [255, 0, 0]).max() < 3
 
 
-def reason_of(data, **limits):
+# ---- fast decoding
+
+
+@functools.cache
+def noise(seed):
+    """A plane of 1/f noise, as in photographs."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(2048)[:, None], np.fft.rfftfreq(2048)[None])
+    frequency[0, 0] = 1
+    spectrum = (rng.normal(size=frequency.shape) + 1j * rng.normal(size=frequency.shape)) / frequency**1.2
+    plane = np.fft.irfft2(spectrum, s=(2048, 2048)).astype(np.float32)
+    return (plane - plane.mean()) / plane.std() * 45
+
+
+def photograph(width, height, seed=0):
+    """Noise as in photographs, with hard edges, thin lines and writing."""
+    rng = np.random.default_rng(seed)
+    planes = [np.roll(noise(plane), seed * 100)[:height, :width] + rng.uniform(70, 180) for plane in range(3)]
+    image = Image.fromarray(np.clip(np.stack(planes, -1), 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y, r = (int(value) for value in (rng.integers(width), rng.integers(height), rng.integers(9, width // 5)))
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        draw.line(
+            (x, y, int(rng.integers(width)), int(rng.integers(height))), fill=colour[::-1], width=max(1, width // 200)
+        )
+        draw.text((x // 2, y), "The quick brown fox", fill=colour[::-1], font=ImageFont.load_default(width // 20))
+    return image
+
+
+def both(data, preprocessing):
+    exact = preprocess_image(data, preprocessing)
+    fast = preprocess_image(data, dataclasses.replace(preprocessing, decode="fast"))
+    return exact.astype(int), fast.astype(int)
+
+
+@pytest.mark.parametrize("mode", ["center_crop", "target_pad", "squash"])
+@pytest.mark.parametrize("shape", [(897, 903), (1200, 902), (1041, 1291), (2048, 1366), (1016, 1800)])
+def test_fast_decoding_keeps_its_tolerance(shape, mode):
+    for seed, (quality, subsampling) in enumerate([(75, 2), (95, 0)]):
+        data = encode(photograph(*shape, seed), "JPEG", quality=quality, subsampling=subsampling)
+        exact, fast = both(data, Preprocessing(224, mode))
+        difference = np.abs(exact - fast)
+        assert difference.mean() < 1
+        assert np.percentile(difference, 99.9) <= 16
+        assert difference.max() <= 64
+        assert difference.any()  # it did something else than exact decoding
+
+
+def waves(width, height):
+    """Smooth waves so steep after resizing that a quarter of a pixel aside is tens of levels."""
+    y, x = np.mgrid[:height, :width] * (np.pi / 2 / (min(width, height) / 64) / 4)
+    planes = [np.sin(x), np.sin(y), np.sin(x + y)]
+    return Image.fromarray((np.stack(planes, -1) * 120 + 128).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("shape", [(261, 300), (1031, 519), (700, 523)])
+@pytest.mark.parametrize("mode", ["center_crop", "target_pad", "squash"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_fast_decoding_shifts_nothing(shape, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for width, height in (shape, (shape[0] // 8 * 8, shape[1] // 8 * 8)):
+        data = encode(waves(width, height), "JPEG", quality=98, subsampling=0, exif=exif)
+        exact, fast = both(data, Preprocessing(SIZE, mode))
+        assert np.abs(exact - fast).max() <= 6
+        moved = orientation > 1 or (mode == "target_pad" and max(shape) / min(shape) >= 1.25)
+        assert np.array_equal(exact, fast) == (moved and (width, height) == shape)
+
+
+def test_fast_decoding_is_exact_where_it_could_not_be_close():
+    def crop(image):
+        return image.crop((100, 50, 500, 450))
+
+    large = photograph(900, 700)
+    fast = Preprocessing(SIZE, decode="fast")
+    exact = Preprocessing(SIZE)
+    for data in (encode(large), encode(large, "WEBP", quality=90), encode(photograph(127, 200), "JPEG")):
+        assert np.array_equal(preprocess_image(data, fast), preprocess_image(data, exact))
+    data = encode(large, "JPEG")
+    assert np.array_equal(preprocess_image(data, fast, cut=crop), preprocess_image(data, exact, cut=crop))
+    assert not np.array_equal(preprocess_image(data, fast), preprocess_image(data, exact))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_fast_decoding_of_other_jpegs(mode):
+    data = encode(photograph(900, 700).convert(mode), "JPEG", progressive=True)
+    exact, fast = both(data, Preprocessing(SIZE))
+    assert np.abs(exact - fast).mean() < 1
+    assert reason_of(data[: len(data) // 2], preprocessing=Preprocessing(SIZE, decode="fast")) == "truncated"
+    assert reason_of(data, preprocessing=Preprocessing(SIZE, decode="fast"), max_pixels=899 * 700) == "too_many_pixels"
+
+
+@given(
+    size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    target=st.integers(1, 400),
+    mode=st.sampled_from(["center_crop", "target_pad", "squash"]),
+    turned=st.booleans(),
+)
+def test_a_reduced_picture_is_twice_the_target(size, target, mode, turned):
+    preprocessing = Preprocessing(target, mode)
+    scale = _scale(size, preprocessing, turned=turned)
+    padded = _padded(size, preprocessing)
+    resized = (target, target) if mode == "squash" else _resized(padded, target)
+    evenly = turned or padded != size
+    assert scale in (1, 2, 4, 8)
+    if scale > 1:
+        assert all(side / scale >= 2 * goal for side, goal in zip(padded, resized, strict=True))
+        assert not evenly or all(side % scale == 0 for side in size)
+    elif not evenly:
+        assert any(side / 2 < 2 * goal for side, goal in zip(padded, resized, strict=True))
+
+
+def reason_of(data, preprocessing=Preprocessing(SIZE), **limits):  # noqa: B008 - frozen
     with pytest.raises(ImageError) as caught:
-        preprocess_image(data, Preprocessing(SIZE), **limits)
+        preprocess_image(data, preprocessing, **limits)
     error = caught.value
     assert error.reason in IMAGE_ERROR_REASONS
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - exceptions travel between Ray workers
@@ -261,6 +386,9 @@ def test_damaged_files_give_pixels_or_an_image_error(form, cut, noise):
 
 def test_settings_are_checked():
     assert Preprocessing(224, "target_pad", "bilinear").tag == "target_pad-224-bilinear"
+    assert Preprocessing(224, decode="fast").tag == "center_crop-224-bicubic-fast"
+    with pytest.raises(CirError, match=r"decode 'fsat' is not one of exact, fast; did you mean 'fast'"):
+        Preprocessing(224, decode="fsat")
     with pytest.raises(CirError, match=r"mode 'center-crop' is not one of .*did you mean 'center_crop'"):
         Preprocessing(64, "center-crop")
     with pytest.raises(CirError, match="interpolation 'lanczos'"):
