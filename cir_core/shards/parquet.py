@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cir_core import files
+from cir_core.files.access import StorageError
 from cir_core.schema import CirError, Reject
 from cir_core.shards.model import Row, ShardIndex, Slice, sort_rows
 
@@ -41,13 +42,20 @@ class ParquetShard:
 @contextmanager
 def open_parquet(uri: str, *, require_caption: bool) -> Iterator[ParquetShard]:
     """Open a shard; CirError if it is not Parquet, is damaged, or lacks a column, seen now or while reading."""
+    with open_sound(uri, "shard") as file:
+        yield _resolve(file, files.redact(uri), require_caption=require_caption)
+
+
+@contextmanager
+def open_sound(uri: str, what: str, *, buffer_bytes: int = 0) -> Iterator[pq.ParquetFile]:
+    """Open a file as `files.open_parquet` does; whatever else pyarrow raises on damaged files is a CirError too."""
     try:
-        with files.open_parquet(uri, "shard") as file:
-            yield _resolve(file, files.redact(uri), require_caption=require_caption)
+        with files.open_parquet(uri, what, buffer_bytes=buffer_bytes) as file:
+            yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and (isinstance(error, files.StorageError) or error.errno is not None):
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise CirError(f"unreadable shard {files.redact(uri)}: not a sound Parquet file ({error})") from None
+        raise CirError(f"unreadable {what} {files.redact(uri)}: not a sound Parquet file ({error})") from None
 
 
 def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> ParquetShard:

@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw
 
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import Reject
-from cir_core.shards import index_image_folder, read_shard, read_slice
+from cir_core.shards import index_image_folder, read_shard, read_slice_rows
 
 PREPROCESSING = Preprocessing(64)
-Group = Literal["tar", "caption", "picture", "Parquet", "folder", "list", "embedding"]
+Group = Literal["tar", "caption", "picture", "Parquet", "URI list", "folder", "list", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def end_of_shard(uri: str, *, require_caption: bool) -> End:
 def end_of_folder(uri: str) -> End:
     """Read a folder of pictures to its end, slice by slice."""
     index = index_image_folder(uri, slice_rows=2)
-    samples = [sample for part in index.slices for sample in read_slice(part, require_caption=False)]
-    return _end([*samples, *index.rejects])
+    rows = [row for part in index.slices for row in read_slice_rows(part, require_caption=False)]
+    return _end([*rows, *index.rejects])
 
 
 def _end(rows: Sequence[object]) -> End:

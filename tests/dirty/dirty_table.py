@@ -9,15 +9,17 @@ from pathlib import Path
 
 import dirty_captions
 import dirty_folders
+import dirty_links
 import dirty_parquet
 import dirty_pictures
 import dirty_tars
 from dirty_kind import Kind
 
 KINDS: list[Kind] = [
-    *dirty_tars.KINDS, *dirty_captions.KINDS, *dirty_pictures.KINDS, *dirty_parquet.KINDS, *dirty_folders.KINDS,
+    *dirty_tars.KINDS, *dirty_captions.KINDS, *dirty_pictures.KINDS, *dirty_parquet.KINDS, *dirty_links.KINDS,
+    *dirty_folders.KINDS,
 ]  # fmt: skip
-SHARDS = [kind for kind in KINDS if kind.group in ("tar", "caption", "picture", "Parquet")]
+SHARDS = [kind for kind in KINDS if kind.group in ("tar", "caption", "picture", "Parquet", "URI list")]
 TABLE = Path(__file__).with_name("KINDS.md")
 
 _HEAD = """# Dirty data: what comes in, and how it ends

@@ -23,7 +23,7 @@ from cir_core.embedding_store import EmbeddingWriter, StoreSpec
 from cir_core.encoders import load_encoder
 from cir_core.preprocessing import MAX_SCANS, ImageError, preprocess_image
 from cir_core.schema import CirError, Reject
-from cir_core.shards import REJECT_REASONS, Sample, index_shard, list_shards, read_shard, read_slice
+from cir_core.shards import REJECT_REASONS, Sample, index_shard, list_shards, read_shard, read_slice, read_slice_rows
 
 OPEN_CLIP = image_transform(
     PREPROCESSING.size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode="shortest", interpolation="bicubic"
@@ -87,6 +87,27 @@ def test_pixels(kind, tmp_path):
     image = Image.open(io.BytesIO(kind.as_if() if kind.as_if else data))
     expected = (OPEN_CLIP(image) * 255).round().to(torch.uint8).numpy()
     assert np.array_equal(preprocess_image(data, PREPROCESSING), expected)
+
+
+@of_groups("URI list")
+def test_list_of_uris(kind, tmp_path):
+    uri = kind.write(tmp_path)
+    if kind.error:
+        for read in (end_of_shard, read_by_slices):
+            with pytest.raises(CirError) as caught:
+                read(uri, require_caption=False)
+            assert kind.error in str(caught.value)
+            assert uri in str(caught.value)
+        return
+    found = end_of_shard(uri, require_caption=False)
+    assert found == kind.end
+    index = index_shard(uri, slice_rows=2, require_caption=False)
+    rows = [row for part in index.slices for row in read_slice_rows(part, require_caption=False)]
+    whole = list(read_shard(uri, require_caption=False))
+    assert [row for row in whole if isinstance(row, Sample)] == [row for row in rows if isinstance(row, Sample)]
+    late = [row for row in rows if isinstance(row, Reject)]  # what only a look at the picture tells
+    assert sorted(map(str, [*index.rejects, *late])) == sorted(str(row) for row in whole if isinstance(row, Reject))
+    assert index.num_samples == len(rows)
 
 
 @of_groups("folder")
