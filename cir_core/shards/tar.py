@@ -13,11 +13,11 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from cir_core import files
 from cir_core.schema import CirError
-from cir_core.shards.model import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, Row, Slice
+from cir_core.shards.model import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, MAX_SLICE_BYTES, Row, Slice
 
 _BLOCK = 512
 _MAX_NAME_HEADER = 1 << 20
@@ -32,10 +32,15 @@ class _DamageError(Exception):
 
 
 class TarStream:
-    """Sequential reading with a position; `size` is given where the stream can seek, to skip for free."""
+    """Sequential reading with a position; `size` is given where the stream can seek, to skip for free.
 
-    def __init__(self, raw: BinaryIO, size: int | None) -> None:
-        self._raw, self._size, self.position = raw, size, 0
+    start: where in `raw` position 0 lies.
+    """
+
+    def __init__(self, raw: BinaryIO, size: int | None, start: int = 0) -> None:
+        self._raw, self._size, self._start, self.position = raw, size, start, 0
+        if start:
+            raw.seek(start)
 
     def read(self, count: int) -> bytes:
         """Return `count` bytes, fewer only at the end of the file."""
@@ -62,7 +67,7 @@ class TarStream:
             if self.position + count > self._size:
                 raise _DamageError("truncated_tar", f"the file ends at byte {self._size}")
             self.position += count
-            self._raw.seek(self.position)
+            self._raw.seek(self._start + self.position)
             return
         while count:
             count -= len(self.take(min(count, _READ_ON)))
@@ -76,9 +81,15 @@ def open_tar(uri: str) -> Iterator[TarStream]:
 
 
 def slice_rows(part: Slice) -> Iterator[Row]:
-    """Yield the rows of one slice, read in one piece."""
+    """Yield the rows of one slice, read in one piece; where a huge member lies between them, row by row."""
+    if part.length > MAX_SLICE_BYTES:
+        with files.open_random(part.shard) as raw:
+            stream = TarStream(cast(BinaryIO, raw), part.length, part.offset)
+            yield from tar_rows(stream, load=True, cut_out=True, name=files.redact(part.shard))
+        return
     data = files.read_range(part.shard, part.offset, part.length)
-    return tar_rows(TarStream(io.BytesIO(data), len(data)), load=True, cut_out=True, name=files.redact(part.shard))
+    stream = TarStream(io.BytesIO(data), len(data))
+    yield from tar_rows(stream, load=True, cut_out=True, name=files.redact(part.shard))
 
 
 @dataclass(frozen=True, slots=True)

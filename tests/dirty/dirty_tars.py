@@ -113,15 +113,15 @@ def _body(*members: Member) -> bytes:
     return data[: last.offset_data + last.size + -last.size % 512]
 
 
-def _sparse_file(member: str) -> Callable[[Path], str]:
-    """A tar on disk with a member of 65 MiB that takes no room on disk."""
+def _sparse_file(member: str, mib: int = 65) -> Callable[[Path], str]:
+    """A tar on disk with a large member that takes no room on disk."""
 
     def write(folder: Path) -> str:
-        name = f"tar-65-mib-{member.rpartition('.')[2]}"
+        name = f"tar-{mib}-mib-{member.rpartition('.')[2]}"
         path = folder / f"{name}.tar"
         info = tarfile.TarInfo(f"{name}/{member}")
-        info.size = 65 * _MIB
-        image = [(f"{name}/odd.jpg", jpeg())] if member.endswith("txt") else []
+        info.size = mib * _MIB
+        image = [] if member.endswith("jpg") else [(f"{name}/odd.jpg", jpeg())]
         with path.open("wb") as sink:
             sink.write(_body(*sample(name, "a"), *image) + info.tobuf())
             sink.seek(info.size, 1)
@@ -294,6 +294,8 @@ MEMBERS = [
     _kind("tar-zero-byte-image", "a picture of zero bytes", lambda name: with_neighbours(name, (f"{name}/odd.jpg", b"")),
           rejects=(("odd", "empty_image"),)),
     Kind("tar-65-mib-jpg", "tar", "a picture of 65 MiB", _sparse_file("odd.jpg"), ("a", "z"), (("odd", "sample_too_large"),),
+         note="it is passed over, not read"),
+    Kind("tar-3000-mib-mp4", "tar", "a film of 3 GB beside a picture", _sparse_file("odd.mp4", 3000), ("a", "odd", "z"),
          note="it is passed over, not read"),
     Kind("tar-65-mib-txt", "tar", "a caption of 65 MiB", _sparse_file("odd.txt"), ("a", "z"), (("odd", "sample_too_large"),),
          note="it is passed over, not read"),
