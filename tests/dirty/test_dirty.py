@@ -219,7 +219,9 @@ print(json.dumps(peaks))
 def test_bombs_stay_in_bounds(tmp_path):
     """In a process of 4 GiB: no bomb takes more than a large picture does, and the largest allowed is bounded too."""
     for kind in SHARDS:
-        if not kind.error and kind.name.startswith(("bomb-", "tar-65", "tar-3000", "tar-huge", "json-nested", "caption-of-a")):
+        if not kind.error and kind.name.startswith(
+            ("bomb-", "tar-65", "tar-3000", "tar-huge", "json-nested", "caption-of-a")
+        ):
             kind.write(tmp_path)
     (tmp_path / "largest.tar").write_bytes(tar_bytes([("a.png", black_png(8192, 8192))]))
     done = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True, check=False)
