@@ -34,6 +34,8 @@ MAX_PIXELS = 1 << 26
 """Default limit of decoded and of intermediate pixels: 67 million, 200 MB in RGB."""
 MAX_BYTES = 64 << 20
 """Default limit of a file's size in bytes."""
+MAX_SCANS = 100
+"""Scans of a JPEG: encoders write 10, and each costs a walk over the whole picture, which 50 bytes may ask for."""
 TARGET_RATIO = 1.25
 """target_pad pads images that are longer than this: the value of CLIP4Cir and of the work built on it."""
 
@@ -41,6 +43,7 @@ IMAGE_ERROR_REASONS = {
     "empty": "zero bytes",
     "too_large": "the file is larger than max_bytes",
     "too_many_pixels": "the header announces more than max_pixels",
+    "too_many_scans": f"a JPEG with more than {MAX_SCANS} scans, made to keep a decoder busy for minutes",
     "extreme_shape": "so long and thin that resizing or padding it would need more than max_pixels",
     "truncated": "the file ends early",
     "unreadable": "not an image of a known format, or a damaged one",
@@ -140,6 +143,7 @@ def preprocess_image(
         raise ImageError("empty")
     if len(data) > max_bytes:
         raise ImageError("too_large", f"{len(data)} bytes, at most {max_bytes} allowed")
+    _check_scans(data)
     _silence_pillow()
     reduction = preprocessing if preprocessing.decode == "fast" and cut is None else None
     picture = _decode(data, max_pixels, reduction)
@@ -149,6 +153,23 @@ def preprocess_image(
     _check_shape(picture.size, preprocessing, max_pixels)
     pixels = np.asarray(_fit(picture, preprocessing).convert("RGB"))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])", re.DOTALL)  # the others stand inside a scan
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG with more than MAX_SCANS scans before its end marker."""
+    if not data.startswith(b"\xff\xd8") or data.count(_SCAN) <= MAX_SCANS:
+        return
+    position, scans = 2, 0
+    while (found := _MARKER.search(data, position)) and found.group(1) != b"\xd9":
+        position = found.end()
+        position += int.from_bytes(data[position : position + 2], "big")
+        scans += found.group(1) == _SCAN[1:]
+    if scans > MAX_SCANS:
+        raise ImageError("too_many_scans", f"{scans} scans")
 
 
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)

@@ -82,6 +82,8 @@ def fetch_image(uri: str) -> bytes:
     """
     if _scheme(uri) in _WEB:
         return attempt(uri, lambda: _fetch_web(uri))
+    if files.is_local(uri) and (path := files.local_path(uri)).exists() and not (path.is_file() or path.is_dir()):
+        raise CirError(f"{uri}: a pipe, a socket or a device, expected a file")  # a pipe would be waited for
     return files.read_bytes(uri, MAX_SAMPLE_BYTES + 1)
 
 

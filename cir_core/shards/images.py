@@ -8,6 +8,7 @@ from cir_core import files
 from cir_core.schema import CirError, Reject
 from cir_core.shards.fetch import in_order
 from cir_core.shards.linked import fetch_sample
+from cir_core.shards.local_folders import odd_entries
 from cir_core.shards.model import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
@@ -26,8 +27,8 @@ def _stem_suffix(name: str) -> tuple[str, str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's suffix is an image's."""
-    return _stem_suffix(name)[1] in IMAGE_SUFFIXES
+    """Whether a file's suffix is an image's. The `._name` twins that macOS writes hold attributes and are none."""
+    return _stem_suffix(name)[1] in IMAGE_SUFFIXES and not name.rpartition("/")[2].startswith("._")
 
 
 def list_images(uri: str, *, listed: Sequence[files.StoredFile] | None = None) -> list[files.StoredFile]:
@@ -35,7 +36,10 @@ def list_images(uri: str, *, listed: Sequence[files.StoredFile] | None = None) -
 
     listed: what `files.list_files(uri)` returned, where the caller has it: listing millions of objects takes minutes.
     """
-    found = [file for file in (files.list_files(uri) if listed is None else listed) if is_image_name(file.name)]
+    if listed is None:
+        odd_entries(uri)  # its errors come first: a circle of links would be followed for ever
+        listed = files.list_files(uri)
+    found = [file for file in listed if is_image_name(file.name)]
     if not found:
         raise CirError(f"{files.redact(uri)}: no image in this folder; looked for .{', .'.join(IMAGE_SUFFIXES)}")
     return found
@@ -57,18 +61,19 @@ def index_image_folder(
     """
     if slice_rows < 1:
         raise CirError(f"slice_rows must be at least 1, not {slice_rows}")
+    shard = files.redact(uri)
+    rejects = [Reject(shard, name, "not_a_file", what) for name, what in odd_entries(uri) if is_image_name(name)]
     listed = files.list_files(uri) if listed is None else listed
     images = list_images(uri, listed=listed)
     wanted = captions or require_caption
     texts = {_stem_suffix(file.name)[0]: file for file in listed if wanted and file.name.endswith(".txt")}
-    rejects: list[Reject] = []
     kept: list[tuple[str, ...]] = []
     for image in images:
         text = texts.get(_stem_suffix(image.name)[0])
         try:
             _check_listed(image, text, require_caption=require_caption)
         except UnusableError as fault:
-            rejects.append(Reject(files.redact(uri), image.name, fault.reason, fault.detail))
+            rejects.append(Reject(shard, image.name, fault.reason, fault.detail))
         else:
             kept.append((image.name, text.name) if text else (image.name,))
     slices = tuple(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from cir_core import files
 from cir_core.schema import CirError
 from cir_core.shards.model import Slice
-from cir_core.shards.parquet import CAPTION_COLUMNS, KEY_COLUMNS, raw_text
+from cir_core.shards.parquet import CAPTION_COLUMNS, KEY_COLUMNS, open_sound, raw_text
 
 URI_COLUMNS = ("uri", "url", "image_uri", "image_url")
 MAX_HEADER = 1 << 16
@@ -48,10 +48,12 @@ class _Columns:
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes, maybe in a struct."""
+    """Whether a column of this type holds bytes, maybe in a struct or a dictionary."""
+    if pa.types.is_dictionary(kind):
+        return holds_bytes(kind.value_type)
     if pa.types.is_struct(kind):
         return any(holds_bytes(kind.field(index).type) for index in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def printable(text: str) -> str:
@@ -109,6 +111,10 @@ def parquet_columns(file: pq.ParquetFile, name: str) -> _Columns:
     for position in (columns.uri, columns.key, columns.caption):
         if position is None:
             continue
+        if columns.names.count(columns.names[position]) > 1:
+            raise CirError(
+                f"unreadable list {name}: column {columns.names[position]} is there twice; rename one of them"
+            )
         kind = file.schema_arrow.field(position).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (_is_text(kind) or pa.types.is_integer(kind)):
@@ -122,7 +128,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _parquet_rows(uri: str, first: int, stop: int | None) -> Iterator[ListRow]:
     """Yield the rows [first, stop) of a Parquet list, decoding no row group before `first` or after `stop`."""
-    with files.open_parquet(uri, "list", buffer_bytes=_READ_BYTES) as file:  # in pieces: a slice may end early
+    with open_sound(uri, "list", buffer_bytes=_READ_BYTES) as file:  # in pieces: a slice may end early
         columns = parquet_columns(file, files.redact(uri))
         number = 0
         for group in range(file.num_row_groups):

@@ -12,6 +12,7 @@ from cir_core.schema import CirError
 from cir_core.shards.braces import expand_braces
 from cir_core.shards.fetch import resolve
 from cir_core.shards.images import is_image_name
+from cir_core.shards.local_folders import odd_entries
 from cir_core.shards.model import UnusableError
 
 _SUFFIXES = (".tar", ".parquet")
@@ -127,9 +128,11 @@ def _expand_one(uri: str, named: tuple[str, ...], inside: tuple[str, ...]) -> li
 
 
 def _expand_folder(uri: str, suffixes: tuple[str, ...]) -> list[str]:
+    _check_links(uri, suffixes, recursive=False)
     found = _shards_of(files.list_files(uri, recursive=False), suffixes)
     if found:
         return found
+    _check_links(uri, suffixes, recursive=True)
     below = files.list_files(uri)
     found = _shards_of(below, suffixes)
     if not found:
@@ -140,6 +143,12 @@ def _expand_folder(uri: str, suffixes: tuple[str, ...]) -> list[str]:
             "name the folder that holds the shards"
         )
     return found
+
+
+def _check_links(uri: str, suffixes: tuple[str, ...], *, recursive: bool) -> None:
+    for name, what in odd_entries(uri, recursive=recursive):
+        if name.endswith(suffixes):
+            raise CirError(f"{files.redact(files.join(uri, name))}: {what}; remove it or restore the shard")
 
 
 def _shards_of(

@@ -16,11 +16,12 @@ MAX_SAMPLE_BYTES = 64 << 20
 """Largest image, and largest caption file, that is read; a larger one is rejected, which bounds memory."""
 MAX_SLICE_BYTES = 256 << 20
 """A slice is read whole, so it is cut short at this size even if it has fewer than slice_rows samples."""
+_MEMBERS_SHOWN = 8
 
 REJECT_REASONS = {
     "truncated_tar": "the file ends without the end-of-archive marker; the sample at its end is not complete",
     "corrupt_tar": "a header inside the tar is damaged; what follows it cannot be read",
-    "trailing_data": "there is data after the end of the archive, such as a second tar",
+    "trailing_data": "there is data after the end of the archive, such as a second tar, or more zeros than any padding",
     "missing_image": "the sample has no image",
     "missing_caption": "the sample has no caption, and captions are required",
     "missing_key": "the row has no key",
@@ -33,7 +34,7 @@ REJECT_REASONS = {
     "bad_caption_encoding": "the caption is not UTF-8",
     "bad_json": "the .json is not a JSON object, or its caption is not a string",
     "unsafe_path": "the name is absolute, climbs with '..', or is not UTF-8",
-    "not_a_file": "a member is a link, a device or a sparse file",
+    "not_a_file": "a member is a link, a device or a sparse file; in a folder, a link that leads nowhere or a pipe",
     "sample_too_large": f"the image or caption file is larger than {MAX_SAMPLE_BYTES >> 20} MiB",
 }
 
@@ -114,7 +115,8 @@ def judge(row: Row, *, require_caption: bool) -> str:
     if row.problem is not None:
         raise UnusableError(*row.problem)
     if row.image is None:
-        held = f"it holds {', '.join(row.members)}" if row.members else ""
+        more = ", ..." if len(row.members) > _MEMBERS_SHOWN else ""
+        held = f"it holds {', '.join(row.members[:_MEMBERS_SHOWN])}{more}" if row.members else ""
         raise UnusableError("missing_image", held)
     if row.image_size == 0:
         raise UnusableError("empty_image")
@@ -129,13 +131,13 @@ def judge(row: Row, *, require_caption: bool) -> str:
 def _text_of(row: Row) -> str | None:
     if row.caption is not None:
         try:
-            return row.caption.decode("utf-8")
+            return row.caption.decode("utf-8-sig")  # a byte order mark is no part of the text
         except UnicodeDecodeError as error:
             raise UnusableError("bad_caption_encoding", str(error)) from None
     if row.json_text is None:
         return None
     try:
-        parsed = json.loads(row.json_text.decode("utf-8"))
+        parsed = json.loads(row.json_text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UnusableError("bad_caption_encoding", str(error)) from None
     except (ValueError, RecursionError) as error:

@@ -11,12 +11,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cir_core import files
+from cir_core.files.access import StorageError
 from cir_core.schema import CirError, Reject
 from cir_core.shards.model import Row, ShardIndex, Slice, sort_rows
 
 KEY_COLUMNS = ("key", "__key__", "id")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTION_COLUMNS = ("caption", "txt", "text")
+_BYTES_TYPES = ("binary", "large_binary", "binary_view")
+_TEXT_TYPES = ("string", "large_string", "string_view", *_BYTES_TYPES, "null")  # null: a column without one value
+_WHOLE_NUMBERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _BATCH_ROWS = 64  # decoded at a time; bounds memory inside large row groups
 
 
@@ -37,9 +41,21 @@ class ParquetShard:
 
 @contextmanager
 def open_parquet(uri: str, *, require_caption: bool) -> Iterator[ParquetShard]:
-    """Open a shard; CirError if it is not Parquet, is damaged, or lacks a column."""
-    with files.open_parquet(uri, "shard") as file:
+    """Open a shard; CirError if it is not Parquet, is damaged, or lacks a column, seen now or while reading."""
+    with open_sound(uri, "shard") as file:
         yield _resolve(file, files.redact(uri), require_caption=require_caption)
+
+
+@contextmanager
+def open_sound(uri: str, what: str, *, buffer_bytes: int = 0) -> Iterator[pq.ParquetFile]:
+    """Open a file as `files.open_parquet` does; whatever else pyarrow raises on damaged files is a CirError too."""
+    try:
+        with files.open_parquet(uri, what, buffer_bytes=buffer_bytes) as file:
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise CirError(f"unreadable {what} {files.redact(uri)}: not a sound Parquet file ({error})") from None
 
 
 def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> ParquetShard:
@@ -47,6 +63,8 @@ def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> Parqu
 
     def find(what: str, candidates: tuple[str, ...]) -> str:
         for candidate in candidates:
+            if schema.names.count(candidate) > 1:
+                raise CirError(f"unreadable shard {name}: column {candidate} is there twice; rename one of them")
             if candidate in schema.names:
                 return candidate
         raise CirError(
@@ -54,16 +72,23 @@ def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> Parqu
             f"found {', '.join(schema.names) or 'no column'}"
         )
 
+    def check(column: str, found: pa.DataType, kinds: tuple[str, ...]) -> None:
+        value = found.value_type if pa.types.is_dictionary(found) else found
+        if str(value) not in kinds:
+            raise CirError(f"unreadable shard {name}: column {column} is {found}, expected {kinds[0]}")
+
     key, image = find("key", KEY_COLUMNS), find("image", IMAGE_COLUMNS)
+    check(key, schema.field(key).type, (*_TEXT_TYPES, *_WHOLE_NUMBERS))
     has_caption = require_caption or any(column in schema.names for column in CAPTION_COLUMNS)
     caption = find("caption", CAPTION_COLUMNS) if has_caption else None
+    if caption is not None:
+        check(caption, schema.field(caption).type, _TEXT_TYPES)
     image_type = schema.field(image).type
     if pa.types.is_struct(image_type):  # Hugging Face data sets: struct<bytes, path>
         if image_type.get_field_index("bytes") < 0:
             raise CirError(f"unreadable shard {name}: column {image} is {image_type}, expected a field 'bytes' in it")
         image, image_type = f"{image}.bytes", image_type.field("bytes").type
-    if not (pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type)):
-        raise CirError(f"unreadable shard {name}: column {image} is {image_type}, expected binary")
+    check(image, image_type, _BYTES_TYPES)
     return ParquetShard(file, key, image, caption)
 
 
@@ -81,6 +106,7 @@ def _batch_rows(shard: ParquetShard, batch: pa.RecordBatch, group: int, *, load:
     images = batch.column(top)
     if inner:
         images = pc.struct_field(images, inner)
+    images = _plain(images)
     sizes = pc.binary_length(images).to_pylist()
     captions = raw_text(batch.column(shard.caption)) if shard.caption else [None] * len(keys)
     for index, (key, size, caption) in enumerate(zip(keys, sizes, captions, strict=True)):
@@ -89,10 +115,15 @@ def _batch_rows(shard: ParquetShard, batch: pa.RecordBatch, group: int, *, load:
         yield Row(name, group, group + 1, image, size or 0, caption, problem=problem)
 
 
-def raw_text(column: pa.Array) -> list[bytes | None]:
-    """Return text as the stored bytes: Parquet readers do not check that a string is UTF-8."""
+def _plain(column: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    return column.cast(pa.large_binary()) if pa.types.is_binary_view(column.type) else column
+
+
+def raw_text(column: pa.Array) -> list[bytes | None]:
+    """Return text as the stored bytes: Parquet readers do not check that a string is UTF-8."""
+    column = _plain(column)
     if pa.types.is_integer(column.type):
         column = column.cast(pa.string())
     values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()

@@ -2,7 +2,8 @@
 
 Python's tarfile parses each header; the walk over the file is ours, because tarfile takes a truncated or
 damaged archive for a complete one. As in WebDataset, a member's name is split at the first dot of its last
-path component into key and suffix, and neighbours with the same key are one sample.
+path component into key and suffix, and neighbours with the same key are one sample. Folders are no rows, and
+neither are the `._name` twins that macOS's tar puts before every member: they hold attributes, and split no sample.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from cir_core import files
 from cir_core.schema import CirError
-from cir_core.shards.model import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, Row, Slice
+from cir_core.shards.model import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, MAX_SLICE_BYTES, Row, Slice
 
 _BLOCK = 512
 _MAX_NAME_HEADER = 1 << 20
 _READ_ON = 1 << 20
+_MAX_PADDING = 1 << 20  # zeros after the end of an archive: the largest record that tar writes by its options
+_NAME_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 
 
 class _DamageError(Exception):
@@ -28,10 +32,15 @@ class _DamageError(Exception):
 
 
 class TarStream:
-    """Sequential reading with a position; `size` is given where the stream can seek, to skip for free."""
+    """Sequential reading with a position; `size` is given where the stream can seek, to skip for free.
 
-    def __init__(self, raw: BinaryIO, size: int | None) -> None:
-        self._raw, self._size, self.position = raw, size, 0
+    start: where in `raw` position 0 lies.
+    """
+
+    def __init__(self, raw: BinaryIO, size: int | None, start: int = 0) -> None:
+        self._raw, self._size, self._start, self.position = raw, size, start, 0
+        if start:
+            raw.seek(start)
 
     def read(self, count: int) -> bytes:
         """Return `count` bytes, fewer only at the end of the file."""
@@ -58,7 +67,7 @@ class TarStream:
             if self.position + count > self._size:
                 raise _DamageError("truncated_tar", f"the file ends at byte {self._size}")
             self.position += count
-            self._raw.seek(self.position)
+            self._raw.seek(self._start + self.position)
             return
         while count:
             count -= len(self.take(min(count, _READ_ON)))
@@ -72,9 +81,15 @@ def open_tar(uri: str) -> Iterator[TarStream]:
 
 
 def slice_rows(part: Slice) -> Iterator[Row]:
-    """Yield the rows of one slice, read in one piece."""
+    """Yield the rows of one slice, read in one piece; where a huge member lies between them, row by row."""
+    if part.length > MAX_SLICE_BYTES:
+        with files.open_random(part.shard) as raw:
+            stream = TarStream(cast(BinaryIO, raw), part.length, part.offset)
+            yield from tar_rows(stream, load=True, cut_out=True, name=files.redact(part.shard))
+        return
     data = files.read_range(part.shard, part.offset, part.length)
-    return tar_rows(TarStream(io.BytesIO(data), len(data)), load=True, cut_out=True, name=files.redact(part.shard))
+    stream = TarStream(io.BytesIO(data), len(data))
+    yield from tar_rows(stream, load=True, cut_out=True, name=files.redact(part.shard))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +115,7 @@ def _next_member(stream: TarStream) -> _Member | None:
             raise _DamageError("corrupt_tar", f"bad header at byte {header_at}: {error}") from None
         if info.size < 0:
             raise _DamageError("corrupt_tar", f"bad header at byte {header_at}: negative size")
-        if info.type not in (
-            tarfile.GNUTYPE_LONGNAME,
-            tarfile.GNUTYPE_LONGLINK,
-            tarfile.XHDTYPE,
-            tarfile.XGLTYPE,
-        ):
+        if info.type not in (*_NAME_HEADERS, *_PAX_HEADERS, tarfile.XGLTYPE):
             break
         extra |= _name_header(info, stream)
     if info.type == tarfile.GNUTYPE_SPARSE and header[482]:
@@ -125,7 +135,7 @@ def _name_header(info: tarfile.TarInfo, stream: TarStream) -> dict[str, str]:
     stream.skip(-info.size % _BLOCK)
     if info.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
-    return _pax_records(data, stream.position) if info.type == tarfile.XHDTYPE else {}
+    return _pax_records(data, stream.position) if info.type in _PAX_HEADERS else {}
 
 
 def _pax_records(data: bytes, position: int) -> dict[str, str]:
@@ -172,12 +182,12 @@ class _Group:
     image: bytes | None = None
     image_size: int = 0
     texts: dict[str, bytes] = field(default_factory=dict)
-    suffixes: list[str] = field(default_factory=list)
+    suffixes: dict[str, None] = field(default_factory=dict)  # in order; a film's frames may be 100,000 of them
     problem: tuple[str, str] | None = None
 
     def add(self, member: _Member, suffix: str, stream: TarStream, *, load: bool) -> None:
         """Read or skip the member's data, padding included."""
-        self.suffixes.append(suffix)
+        self.suffixes[suffix] = None
         is_image = suffix in IMAGE_SUFFIXES
         wanted = (is_image and self.image is None) or suffix in ("txt", "json")
         data = b""
@@ -223,7 +233,7 @@ def tar_rows(stream: TarStream, *, load: bool, cut_out: bool = False, name: str 
     group: _Group | None = None
     try:
         while not (cut_out and stream.at_end()) and (member := _next_member(stream)) is not None:
-            if member.is_folder:
+            if member.is_folder or member.name.rpartition("/")[2].startswith("._"):
                 stream.skip(member.size + -member.size % _BLOCK)
                 continue
             key, suffix, safe = _split_name(member.name)
@@ -237,8 +247,8 @@ def tar_rows(stream: TarStream, *, load: bool, cut_out: bool = False, name: str 
         if group is not None:
             yield group.row()
             group = None
-        if not cut_out and (found_at := _trailing_data(stream)) is not None:
-            raise _DamageError("trailing_data", f"the archive ends before byte {found_at}; the rest is not read")
+        if not cut_out and (found_at := _trailing_data(stream)):
+            raise _DamageError("trailing_data", found_at)
     except _DamageError as damage:
         reason, detail = damage.args
         if group is None and stream.position <= _BLOCK:
@@ -247,8 +257,13 @@ def tar_rows(stream: TarStream, *, load: bool, cut_out: bool = False, name: str 
         yield Row(key, start, stream.position, problem=(reason, detail))
 
 
-def _trailing_data(stream: TarStream) -> int | None:
+def _trailing_data(stream: TarStream) -> str:
+    """Say what follows the end of the archive besides padding; "" if nothing does."""
+    start = stream.position
     while block := stream.read(_READ_ON):
         if block.strip(b"\0"):
-            return stream.position - len(block.lstrip(b"\0"))
-    return None
+            found_at = stream.position - len(block.lstrip(b"\0"))
+            return f"the archive ends before byte {found_at}; the rest is not read"
+    if stream.position - start > _MAX_PADDING:
+        return f"zeros from byte {start} to the end at {stream.position}: a part that was never written?"
+    return ""

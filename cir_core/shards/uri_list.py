@@ -30,7 +30,7 @@ from cir_core.shards.list_rows import (
     range_rows,
 )
 from cir_core.shards.model import Slice, SliceBuilder, UnusableError
-from cir_core.shards.parquet import IMAGE_COLUMNS
+from cir_core.shards.parquet import IMAGE_COLUMNS, open_sound
 
 LIST_ROWS = 4096
 """Rows of a slice unless the caller says otherwise, and of the windows in which a repeated key is told."""
@@ -60,10 +60,10 @@ def is_uri_list(uri: str) -> bool:
         return True
     if not name.endswith(".parquet"):
         return False
-    with files.open_parquet(uri, "shard") as file:
+    with open_sound(uri, "shard") as file:
         schema = file.schema_arrow
     lower = {column.lower() for column in schema.names}
-    has_images = any(holds_bytes(schema.field(name).type) for name in schema.names if name in IMAGE_COLUMNS)
+    has_images = any(holds_bytes(field.type) for field in schema if field.name in IMAGE_COLUMNS)
     return not has_images and any(column in lower for column in URI_COLUMNS)
 
 
@@ -74,7 +74,7 @@ def cut_uri_list(uri: str, slice_rows: int = LIST_ROWS) -> list[Slice]:
     """
     builder = SliceBuilder(uri, slice_rows)
     if not is_csv(uri):
-        with files.open_parquet(uri, "list") as file:
+        with open_sound(uri, "list") as file:
             parquet_columns(file, files.redact(uri))
             rows = int(file.metadata.num_rows)
         starts = range(0, rows, slice_rows)
