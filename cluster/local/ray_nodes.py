@@ -5,7 +5,7 @@
 A node is a session of its own in cluster.json (node-1, node-2, ...), so that `down` stops it. From a program:
 
     name = start_node(state, num_cpus=1, resources={"second": 1})   # returns when the head lists it as alive
-    kill_now(state[name])                                           # SIGKILL for raylet, agent and workers: a lost machine
+    kill_now(state[name])    # SIGKILL for raylet, agent and workers: a lost machine; the head notices in about 15 s
     stop(name, state.pop(name))
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import sys
 import urllib.request
 from collections.abc import Mapping
@@ -97,7 +98,7 @@ def start_node(
         raise StartError("there is no Ray head to join; `make up` starts one")
     head = state["ray"]
     name = next(name for name in (f"node-{number}" for number in range(1, 1000)) if name not in state)
-    own = {**(labels or {}), _NODE_LABEL: f"{name}-{os.getpid()}"}
+    own = {**(labels or {}), _NODE_LABEL: f"{name}-{secrets.token_hex(4)}"}  # a killed node stays listed for a while
     command = [
         sys.executable, str(_JOIN), "start", f"--address={head['address']}", "--block", f"--node-ip-address={HOST}",
         f"--num-cpus={num_cpus:g}", f"--resources={json.dumps(dict(resources or {}))}",
