@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -179,7 +180,7 @@ def s3() -> None:
         server = s3_server(state)
     print(f"S3 server {server.endpoint}, bucket {server.bucket_uri}; stop it with `make down`. To use it:\n")
     print("\n".join(shell_lines(server)))
-    print(f'\nor, in this shell:  eval "$({sys.executable} {ROOT}/cluster/local/cluster.py s3-env)"', flush=True)
+    print(f'\nor, in this shell:  eval "$({shlex.join([sys.executable, __file__, "s3-env"])})"', flush=True)
 
 
 def s3_env() -> None:
