@@ -160,12 +160,12 @@ def show(state: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def down() -> None:
-    """Stop what was started here, nodes before their head."""
+    """Stop what was started here, the last first: nodes before their head, the S3 server after who writes to it."""
     with locked():
         state = load_state()
         if not state:
             print("nothing to stop")
-        for name in sorted(state, key=lambda name: "head" not in state[name]):
+        for name in reversed(list(state)):
             stop(name, state.pop(name))
             save_state(state)
         (run_dir() / "cluster.json").unlink(missing_ok=True)

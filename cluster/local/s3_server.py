@@ -102,6 +102,8 @@ class S3Server:
         held: dict[str, tuple[int, int]] = {}
         for page in self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             for item in page.get("Contents", []):
+                if item["Key"].endswith("/"):
+                    continue  # pyarrow's mark of an empty folder
                 prefix = "/".join(item["Key"].split("/")[:-1][:3])
                 count, size = held.get(prefix, (0, 0))
                 held[prefix] = (count + 1, size + item["Size"])
