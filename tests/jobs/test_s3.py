@@ -97,9 +97,9 @@ def test_a_run_whose_storage_path_is_in_s3_leaves_nothing_elsewhere(servers, s3,
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (("--data", "s3://no-such-bucket/pairs/"), "s3://no-such-bucket/pairs"),
+        (("--data", "s3://no-such-bucket/pairs/"), "s3://no-such-bucket/pairs/: no such file, folder or bucket"),
         (("--data", "{pairs}", "--output", "s3://no-such-bucket/store"), "s3://no-such-bucket/store"),
-        (("--data", "{pairs}/00009.tar"), "pairs/00009.tar"),
+        (("--data", "{pairs}/00009.tar"), "pairs/00009.tar: no such file"),
     ],
 )
 def test_what_is_not_there_is_named(servers, pairs, given, named):
