@@ -1,13 +1,15 @@
 # make demo   install, start Ray and MLflow on loopback, run both jobs: minutes on a laptop
 # make test   the whole test suite          make check  format, lint, types, import contracts
 # make test-fast                            the part without servers: minutes
-# make up / make down                       start / stop exactly the two servers
+# make up / make down                       start the two servers / stop exactly what was started here
+# make s3                                   start an S3 server on loopback, print what to export
+# make demo-s3                              the demo with shards, stores, checkpoints and artifacts in that server
 # make install                              .venv with everything (what the others begin with)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install demo up down test test-fast check format pins
+.PHONY: help install demo demo-s3 up down s3 test test-fast check format pins
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -26,8 +28,14 @@ install: .venv/.installed
 demo: install
 	@$(PY) cluster/local/cluster.py demo
 
+demo-s3: install
+	@$(PY) cluster/local/cluster.py demo-s3
+
 up: install
 	@$(PY) cluster/local/cluster.py up
+
+s3: install
+	@$(PY) cluster/local/cluster.py s3
 
 down:
 	@if test -x $(PY); then $(PY) cluster/local/cluster.py down; else echo "nothing to stop"; fi

@@ -121,7 +121,8 @@ def _expand_one(uri: str, named: tuple[str, ...], inside: tuple[str, ...]) -> li
     if files.is_folder(uri):
         return _expand_folder(uri, inside)
     if not name.endswith(named):
-        raise CirError(f"{name}: expected a folder or a name that ends in {' or '.join(named)}")
+        absent = "" if files.exists(uri) else "no such file, folder or bucket; "
+        raise CirError(f"{name}: {absent}expected a folder or a name that ends in {' or '.join(named)}")
     if not files.exists(uri):
         raise CirError(f"{name}: no such file; check the path")
     return [uri]

@@ -1,366 +1,265 @@
-"""A local Ray head and MLflow server on loopback: `make up`, `make down`, `make demo`.
+"""A local Ray head, MLflow server and S3 server on loopback: what `make up`, `make down`, `make demo`, `make s3` run.
 
-    python cluster/local/cluster.py up      # start what is not running, print the addresses
-    python cluster/local/cluster.py down    # stop exactly what `up` started
-    python cluster/local/cluster.py demo    # up, then both jobs through `ray job submit`
+    python cluster/local/cluster.py up        # start what is not running, print the addresses
+    python cluster/local/cluster.py down      # stop exactly what was started
+    python cluster/local/cluster.py demo      # up, then both jobs through `ray job submit`
+    python cluster/local/cluster.py s3        # start the S3 server, print what to export
+    python cluster/local/cluster.py s3-env    # print only that, for eval "$(...)"
+    python cluster/local/cluster.py demo-s3   # the demo with everything in S3: shards, stores, checkpoints, artifacts
+    python cluster/local/cluster.py node      # one more Ray node on this machine; --help lists its options
 
 What was started is in .run/cluster.json. Nothing listens on any address but 127.0.0.1. Ray's token authentication is
 off here: whoever has an account on this machine can reach the Jobs API, like a notebook server without a password.
 
-Environment: CIR_RUN_DIR is the folder for state, logs and MLflow's data (.run); CIR_DASHBOARD_PORT, CIR_GCS_PORT and
-CIR_MLFLOW_PORT are the ports to try first (8265, 26379, 5000).
+Environment: CIR_RUN_DIR is the folder for state, logs and data (.run); CIR_DASHBOARD_PORT, CIR_GCS_PORT,
+CIR_MLFLOW_PORT and CIR_S3_PORT are the ports to try first (8265, 26379, 5000, 8333).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import http.client
+import argparse
 import json
 import os
-import socket
+import shlex
 import subprocess
 import sys
 import time
 import urllib.request
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
+from processes import (
+    BIN,
+    HOST,
+    PORTS,
+    ROOT,
+    Record,
+    StartError,
+    finish_start,
+    free_port,
+    load_state,
+    locked,
+    run_dir,
+    save_state,
+    start,
+    still_good,
+    stop,
+)
+from ray_nodes import start_head, start_node
+from s3_server import S3Server, load_server, shell_lines, start_s3, without_others
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-HOST = "127.0.0.1"
-PORTS = {"gcs": 26379, "dashboard": 8265, "mlflow": 5000}  # Ray asks for fixed ports above its workers' default range
-START_TIMEOUT_S = 180.0
-MARK = "CIR_STARTED_BY"  # in the environment of everything that a server starts, whatever session it moves to
-
-Record = dict[str, Any]
-
-
-class StartError(RuntimeError):
-    """A server did not come up; the message says where its log is."""
-
-
-def run_dir() -> Path:
-    """Return the folder for state, logs and MLflow's data."""
-    return Path(os.environ.get("CIR_RUN_DIR") or ROOT / ".run").absolute()
-
-
-def default_port(name: str) -> int:
-    """Return the port that a server tries first."""
-    variable = f"CIR_{name.upper()}_PORT"
-    text = os.environ.get(variable) or str(PORTS[name])
-    if not text.isdecimal() or not 1024 <= int(text) <= 65535:
-        raise StartError(f"{variable}={text!r} is not a port: expected a number from 1024 to 65535")
-    return int(text)
+JOBS = ("jobs/tat_train.py", "jobs/batch_retrieve.py")
 
 
-def free_port(name: str) -> int:
-    """Return the default port of a server, or the next free one, saying so, when another process has it.
+def start_mlflow(state: dict[str, Record], server: S3Server | None) -> None:
+    """Start the tracking server, one worker: SQLite below the run folder, artifacts there or in S3.
 
-    One that the system picks (0) comes last: Ray takes ports from the same range while the other server is starting.
+    Runs whose artifacts lie in S3 have a database of their own: MLflow looks for all of them in one place.
     """
-    first = default_port(name) if name in PORTS else 0
-    for port in (*range(first, min(first + 50, 65536)), 0) if first else (0,):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                if port == first:
-                    print(f"port {port} ({name}) is in use by another program; taking another one", flush=True)
-                continue
-            return int(probe.getsockname()[1])
-    raise StartError(f"no free port on {HOST} for {name}")
-
-
-def answers(url: str) -> bool:
-    """Whether an HTTP server answers at `url`."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:  # noqa: S310 - our own http:// addresses
-            return bool(reply.status == 200)
-    except (OSError, ValueError, http.client.HTTPException):  # the last: something that speaks another protocol
-        return False
-
-
-def alive(record: Mapping[str, Any]) -> psutil.Process | None:
-    """Return the recorded process if it still runs; a reused pid is told apart by its start time."""
-    try:
-        process = psutil.Process(record["pid"])
-        if abs(process.create_time() - record["started"]) < 1 and running(process):
-            return process
-    except psutil.NoSuchProcess:
-        pass
-    return None
-
-
-def family(record: Mapping[str, Any]) -> list[psutil.Process]:
-    """Return every living process of a server, also those that outlived it or moved to a session of their own.
-
-    Ray overwrites the environment of some of its processes, so the mark alone does not find all: whatever shares the
-    session that `start` opened with a marked process is ours as well. A session's number is not reused while any of
-    it lives, but is afterwards: without a living leader or a marked process in it, it is someone else's.
-    """
-    leader = alive(record)
-    found = {process.pid: process for process in ([leader, *leader.children(recursive=True)] if leader else [])}
-    in_session: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == record["pid"]:
-                in_session.append(process)
-            if record.get("mark") and process.environ().get(MARK) == record["mark"]:
-                found[process.pid] = process
-    if any(process.pid in found for process in in_session):
-        found |= {process.pid: process for process in in_session}
-    return [process for process in found.values() if process.pid != os.getpid() and running(process)]
-
-
-def load_state() -> dict[str, Record]:
-    """Return the servers that `up` recorded."""
-    path = run_dir() / "cluster.json"
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError:
-        raise StartError(f"{path} is damaged; stop what still runs by hand, then remove the file") from None
-    return dict(found)
-
-
-def save_state(state: Mapping[str, Any]) -> None:
-    """Record the servers, atomically."""
-    path = run_dir() / "cluster.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(state, indent=2))
-    temporary.replace(path)
-
-
-@contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Let one `up` or `down` work at a time; a second one waits."""
-    run_dir().mkdir(parents=True, exist_ok=True)
-    with (run_dir() / "cluster.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another `up` or `down` is at work, waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def start(
-    state: dict[str, Record], name: str, command: list[str], extra_env: Mapping[str, str], about: Record, *, ready: str
-) -> None:
-    """Start a server in a session of its own and record it with `about` in `state`; `ready` will answer when it is up."""
-    log = run_dir() / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex
-    env = {**os.environ, **extra_env, MARK: mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    state[name] = {"pid": 0, "started": 0.0, "mark": mark, "ready": ready, **about}
-    save_state(state)  # before it starts: a killed `up` leaves nothing that `down` cannot find by its mark
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    started = psutil.Process(process.pid).create_time()
-    state[name] = {"pid": process.pid, "started": started, "mark": mark, "ready": ready, **about}
-    save_state(state)
-
-
-def finish_start(state: dict[str, Record], name: str) -> None:
-    """Wait until a started server answers; stop and forget it if it does not."""
-    try:
-        wait_until_ready(state[name], run_dir() / "logs" / f"{name}.log")
-    except BaseException:
-        stop(name, state.pop(name))
-        save_state(state)
-        raise
-
-
-def wait_until_ready(record: Mapping[str, Any], log: Path, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Wait until a server answers; StartError with the end of its log if it dies or takes too long."""
-    deadline = time.monotonic() + timeout_s
-    while not answers(record["ready"]):
-        if alive(record) is None or time.monotonic() > deadline:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise StartError(f"no answer from {record['ready']}, see {log}:\n{tail}")
-        time.sleep(0.5)
-
-
-def stop(name: str, record: Mapping[str, Any]) -> None:
-    """Stop one recorded server with everything it started: its leader first, then the rest, SIGKILL at the end."""
-    leader, known = alive(record), set(family(record))
-
-    def left() -> list[psutil.Process]:
-        """What was found before and lives, whose marked kin may be gone by now, and what was started meanwhile."""
-        known.update(family(record))
-        return [process for process in known if running(process)]
-
-    if leader:
-        end([leader], psutil.Process.terminate, timeout_s=20)
-    end(left(), psutil.Process.terminate, timeout_s=5)
-    for _ in range(5):
-        if not end(left(), psutil.Process.kill, timeout_s=10):
-            break
-    print(f"stopped {name}" if known else f"{name} was not running", flush=True)
-
-
-def end(processes: list[psutil.Process], signal: Callable[[psutil.Process], None], *, timeout_s: float) -> int:
-    """Signal processes and wait until they have ended, reaped or not; return how many there were."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            signal(process)
-    deadline = time.monotonic() + timeout_s
-    while any(map(running, processes)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return len(processes)
-
-
-def running(process: psutil.Process) -> bool:
-    """Whether a process has not ended; one that nobody has reaped yet has."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def start_mlflow(state: dict[str, Record]) -> None:
-    """Start the tracking server: SQLite and artifacts below the run folder, one worker."""
     port = free_port("mlflow")
-    home = run_dir() / "mlflow"
+    home = run_dir() / ("mlflow-s3" if server else "mlflow")
     home.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port),
         "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}",
-        "--artifacts-destination", str(home / "artifacts"),
+        "--artifacts-destination", f"{server.bucket_uri}/mlflow" if server else str(home / "artifacts"),
         "--workers", "1", "--gunicorn-opts", "--timeout 120",
     ]  # fmt: skip
-    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **s3_variables(server)}
     url = f"http://{HOST}:{port}"
-    start(state, "mlflow", command, env, {"url": url}, ready=f"{url}/health")
+    about = {"url": url, "s3": server.endpoint if server else ""}
+    start(state, "mlflow", command, env, about, ready=f"{url}/health")
 
 
-def start_ray(state: dict[str, Record], tracking_uri: str) -> None:
-    """Start a Ray head with dashboard and Jobs API; on a loaded machine that can fail, so up to three times."""
-    for attempt in range(3):
-        gcs, dashboard = free_port("gcs"), free_port("dashboard")
-        command = [
-            str(BIN / "ray"), "start", "--head", "--block", f"--node-ip-address={HOST}", f"--port={gcs}",
-            f"--dashboard-host={HOST}", f"--dashboard-port={dashboard}", "--include-dashboard=true",
-            # Both are fixed otherwise, and a second head on the machine fails or submits its jobs to the first.
-            f"--ray-client-server-port={free_port('ray client')}", "--dashboard-agent-listen-port=0",
-            "--object-store-memory=1000000000", "--disable-usage-stats",
-        ]  # fmt: skip
-        # A folder of its own, short because sockets live in it. In Ray's default folder the head would become the
-        # machine's current cluster, which a bare `ray job submit` looks up by an address that nothing listens on here.
-        folder = hashlib.sha256(str(run_dir()).encode()).hexdigest()[:8]
-        parent = os.environ.get("RAY_TMPDIR", "/tmp")  # noqa: S108 - Ray's own default; tempfile's may be too long
-        command.append(f"--temp-dir={parent}/ray-{folder}")
-        env = {
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_ADDRESS": "",
-            # Without this, Ray on Linux replaces 127.0.0.1 by the machine's address and listens on all of them.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "MLFLOW_TRACKING_URI": tracking_uri,
-            "RAY_DATA_USE_DATASOURCE_V2": "0",
-            "RAY_TRAIN_V2_ENABLED": "1",
-        }
-        url = f"http://{HOST}:{dashboard}"
-        about = {"url": url, "address": f"{HOST}:{gcs}", "tracking_uri": tracking_uri}
-        try:
-            start(state, "ray", command, env, about, ready=f"{url}/api/version")
-            finish_start(state, "ray")
-        except StartError:
-            if attempt == 2:
-                raise
-            print("Ray did not start, trying again", flush=True)
-        else:
-            return
+def s3_variables(server: S3Server | None) -> dict[str, str | None]:
+    """Return what a process needs in its environment to use the S3 server; nothing without one."""
+    return {**without_others(), **server.environment()} if server else {}
 
 
-def up() -> dict[str, Record]:
-    """Start what is not running or does not answer, and return the record of both servers."""
+def up(*, s3: bool = False) -> dict[str, Record]:
+    """Start what is not running or does not answer, and return the record of all servers.
+
+    s3: Ray and MLflow shall use the S3 server. Once they do, they go on so until `down`.
+    """
     with locked():
         state = load_state()
-        for name in list(state):
-            if not _still_good(state, name):
-                stop(name, state.pop(name))  # also what a killed server left behind
-                save_state(state)
+        drop_dead(state)
+        server = None
+        if s3 or any(record.get("s3") for record in state.values()):
+            server = s3_server(state)
+        stop_without(state, server)
         new_mlflow = "mlflow" not in state
         if new_mlflow:
             print("starting the MLflow server", flush=True)
-            start_mlflow(state)
+            start_mlflow(state, server)
         tracking_uri = state["mlflow"]["url"]
         if "ray" in state and state["ray"]["tracking_uri"] != tracking_uri:
             stop("ray", state.pop("ray"))
         if "ray" not in state:
             print("starting the Ray head", flush=True)
-            start_ray(state, tracking_uri)
+            variables = {"MLFLOW_TRACKING_URI": tracking_uri, **s3_variables(server)}
+            start_head(state, variables, {"tracking_uri": tracking_uri, "s3": server.endpoint if server else ""})
         if new_mlflow:
             finish_start(state, "mlflow")  # it started beside Ray
+        drop_dead(state)  # nodes of a head that is gone
         return state
 
 
-def _still_good(state: Mapping[str, Record], name: str) -> bool:
-    record = state[name]
-    try:
-        wait_until_ready(record, run_dir() / "logs" / f"{name}.log", timeout_s=30)
-    except StartError:
-        return False
-    return alive(record) is not None
+def drop_dead(state: dict[str, Record]) -> None:
+    """Stop and forget servers that do not answer, and nodes without their head."""
+    for name in list(state):
+        lost_its_head = "head" in state[name] and state[name]["head"] != state.get("ray", {}).get("pid")
+        if lost_its_head or not still_good(state, name):
+            stop(name, state.pop(name))  # also what a killed server left behind
+            save_state(state)
+
+
+def stop_without(state: dict[str, Record], server: S3Server | None) -> None:
+    """Stop the servers that were started without the S3 server that they shall use.
+
+    Raises:
+        StartError: jobs are running on the Ray head that would be stopped.
+    """
+    endpoint = server.endpoint if server else ""
+    names = [name for name in ("ray", "mlflow") if name in state and state[name].get("s3", "") != endpoint]
+    busy = running_jobs(state["ray"]["url"]) if names and "ray" in state else []
+    if busy:
+        raise StartError(
+            f"{' and '.join(names)} must start again to use {endpoint}, but jobs are running: {', '.join(busy)}; wait for "
+            "them, or stop everything with `make down`"
+        )
+    for name in names:
+        print(f"{name} was started without {endpoint}, starting it again", flush=True)
+        stop(name, state.pop(name))
+        save_state(state)
+
+
+def running_jobs(dashboard: str) -> list[str]:
+    """Return the names of submitted jobs that have not ended."""
+    with urllib.request.urlopen(f"{dashboard}/api/jobs/", timeout=30) as reply:  # noqa: S310 - our own http:// address
+        jobs = json.loads(reply.read())
+    return [job["submission_id"] or job["job_id"] for job in jobs if job["status"] in ("PENDING", "RUNNING")]
+
+
+def s3_server(state: dict[str, Record]) -> S3Server:
+    """Return the running S3 server, started if it was not."""
+    if "s3" in state:
+        return load_server()
+    print("starting the S3 server", flush=True)
+    return start_s3(state)
 
 
 def show(state: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the addresses, and what to export where a default port was taken."""
     print(f"Ray dashboard and Jobs API  {state['ray']['url']}\nMLflow                      {state['mlflow']['url']}")
+    if "s3" in state:
+        print(f"S3 server                   {state['s3']['url']}, bucket {state['s3']['bucket']}")
     if not state["ray"]["url"].endswith(f":{PORTS['dashboard']}"):
         print(f"for `ray job submit`:  export RAY_API_SERVER_ADDRESS={state['ray']['url']}")
-    print("stop both with `make down`", flush=True)
+    print("stop them with `make down`", flush=True)
 
 
 def down() -> None:
-    """Stop what `up` started."""
+    """Stop what was started here, the last first: nodes before their head, the S3 server after who writes to it."""
     with locked():
         state = load_state()
         if not state:
             print("nothing to stop")
-        for name in list(state):
+        for name in reversed(list(state)):
             stop(name, state.pop(name))
             save_state(state)
         (run_dir() / "cluster.json").unlink(missing_ok=True)
 
 
-def submit(state: Mapping[str, Mapping[str, Any]], script: str) -> None:
+def s3() -> None:
+    """Start the S3 server alone and print what to export."""
+    with locked():
+        state = load_state()
+        if "s3" in state and not still_good(state, "s3"):
+            stop("s3", state.pop("s3"))
+        server = s3_server(state)
+    print(f"S3 server {server.endpoint}, bucket {server.bucket_uri}; stop it with `make down`. To use it:\n")
+    print("\n".join(shell_lines(server)))
+    print(f'\nor, in this shell:  eval "$({shlex.join([sys.executable, __file__, "s3-env"])})"', flush=True)
+
+
+def s3_env() -> None:
+    """Print only what a shell evaluates to use the running S3 server."""
+    state = load_state()
+    if "s3" not in state or not still_good(state, "s3"):
+        raise StartError("the S3 server is not running; `make s3` starts it")
+    print("\n".join(shell_lines(load_server())))
+
+
+def node(options: argparse.Namespace) -> None:
+    """Start one more node of the running head."""
+    with locked():
+        state = load_state()
+        uses_s3 = bool(state.get("ray", {}).get("s3"))
+        variables = {"MLFLOW_TRACKING_URI": state.get("ray", {}).get("tracking_uri")}
+        name = start_node(
+            state,
+            num_cpus=options.num_cpus,
+            resources=options.resources,
+            labels=dict(item.partition("=")[::2] for item in options.labels.split(",") if item),
+            extra_env={**variables, **s3_variables(load_server() if uses_s3 else None)},
+        )
+    print(f"{name} has joined {state['ray']['address']}; stop it with `make down`", flush=True)
+
+
+def submit(state: Mapping[str, Mapping[str, Any]], script: str, *arguments: str) -> None:
     """Run `ray job submit -- python <script>` and show its output; leave with its exit code if it fails."""
-    print(f"\n$ ray job submit -- python {script}", flush=True)
+    job = ["python", script, *arguments]
+    print(f"\n$ ray job submit -- {' '.join(job)}", flush=True)
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": state["ray"]["url"]}
     env.pop("RAY_ADDRESS", None)
-    code = subprocess.run([str(BIN / "ray"), "job", "submit", "--", "python", script], cwd=ROOT, env=env).returncode
+    code = subprocess.run([str(BIN / "ray"), "job", "submit", "--", *job], cwd=ROOT, env=env).returncode
     if code:
         sys.exit(code)
 
 
-def demo() -> None:
-    """Start the servers, train, retrieve, and say where to look."""
+def demo(*, s3: bool = False) -> None:
+    """Start the servers, train, retrieve, and say where to look; with s3, all of it in the bucket."""
     started = time.monotonic()
-    state = up()
-    for script in ("jobs/tat_train.py", "jobs/batch_retrieve.py"):
-        submit(state, script)
+    state = up(s3=s3)
+    where = ("--storage_path", f"{load_server().bucket_uri}/runs") if s3 else ()
+    for script in JOBS:
+        submit(state, script, *where)
     print(f"\ndemo finished in {time.monotonic() - started:.0f} s")
+    if s3:
+        print(load_server().summary())
     show(state)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; exit code 2 and the usage if it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="cluster.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("up", "down", "demo", "s3", "s3-env", "demo-s3"):
+        commands.add_parser(name)
+    options = commands.add_parser("node", help="one more Ray node on this machine")
+    options.add_argument("--num-cpus", type=float, default=1, help="its logical CPUs")
+    options.add_argument("--resources", type=json.loads, default={}, help="custom resources, e.g. '{\"second\": 1}'")
+    options.add_argument("--labels", default="", help="node labels, e.g. zone=b,disk=ssd")
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Run the command named on the command line."""
-    commands = {"up": lambda: show(up()), "down": down, "demo": demo}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        print(f"usage: cluster.py {' | '.join(commands)}", file=sys.stderr)
-        sys.exit(2)
+    options = parse(sys.argv[1:])
+    commands: dict[str, Callable[[], None]] = {
+        "up": lambda: show(up()),
+        "down": down,
+        "demo": demo,
+        "s3": s3,
+        "s3-env": s3_env,
+        "demo-s3": lambda: demo(s3=True),
+        "node": lambda: node(options),
+    }
     try:
-        commands[sys.argv[1]]()
+        commands[options.command]()
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -12,21 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "local" / "cluster.py"
-SPEC = importlib.util.spec_from_file_location("local_cluster", SCRIPT)
-assert SPEC is not None
-assert SPEC.loader is not None
-local_cluster = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(local_cluster)
+SCRIPT = Path(processes.__file__).with_name("cluster.py")
 
 # A server that answers, with a child that has left its session and ignores SIGTERM.
 SERVER = """
@@ -36,38 +29,6 @@ process = subprocess.Popen([sys.executable, "-c", child], start_new_session=True
 process.stdout.readline()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A run folder of the test's own; whatever was started there is stopped at the end."""
-    short = tempfile.mkdtemp(prefix="cir", dir="/tmp")  # the path of a Unix socket has 107 bytes
-    monkeypatch.setenv("CIR_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.setenv("RAY_TMPDIR", short)
-    for name in ("GCS", "DASHBOARD", "MLFLOW"):
-        monkeypatch.delenv(f"CIR_{name}_PORT", raising=False)
-    yield tmp_path / "run"
-    command("down")
-    shutil.rmtree(short, ignore_errors=True)
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500)
-
-
-def state(home: Path) -> dict[str, dict[str, object]]:
-    return json.loads((home / "cluster.json").read_text())
-
-
-def started_by(home: Path) -> list[psutil.Process]:
-    """Every living process that has this run folder in its environment or its command line."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                own = process.environ().get("CIR_RUN_DIR") == str(home) or str(home) in " ".join(process.cmdline())
-                found += [process] if own else []
-    return found
 
 
 @contextlib.contextmanager
@@ -90,11 +51,11 @@ def test_a_stale_record_with_a_reused_pid_kills_nothing(home):
     with bystander() as other:
         record = {"pid": other.pid, "started": other.create_time() - 1000, "mark": "m", "url": "http://127.0.0.1:9"}
         for stale in (record, {key: value for key, value in record.items() if key != "mark"}):
-            local_cluster.save_state({"ray": stale, "mlflow": stale})
-            done = command("down")
+            processes.save_state({"ray": stale, "mlflow": stale})
+            done = home.command("down")
             assert done.returncode == 0
             assert done.stdout.count("was not running") == 2
-            assert not (home / "cluster.json").exists()
+            assert not (home.folder / "cluster.json").exists()
             assert other.is_running()
             assert [child.is_running() for child in other.children()] == [True]
 
@@ -106,8 +67,8 @@ def test_a_stale_record_of_a_session_whose_leader_has_died_kills_nothing(home):
     try:
         assert os.getsid(child.pid) == leader.pid  # a daemon whose session has the number of a server of ours
         old = {"pid": leader.pid, "started": child.create_time() - 1000, "mark": "m", "url": "http://127.0.0.1:9"}
-        local_cluster.save_state({"ray": old})
-        assert command("down").returncode == 0
+        processes.save_state({"ray": old})
+        assert home.command("down").returncode == 0
         assert child.is_running()
     finally:
         child.kill()
@@ -116,38 +77,38 @@ def test_a_stale_record_of_a_session_whose_leader_has_died_kills_nothing(home):
 def start_server(*command_line: str, ready: str) -> subprocess.CompletedProcess[str]:
     """Start a server as `up` does, from a process that ends afterwards."""
     code = (
-        "import json, runpy, sys; main = runpy.run_path(sys.argv[1]);"
-        "state = {}; main['start'](state, 'server', sys.argv[3:], {}, {'url': sys.argv[2]}, ready=sys.argv[2]);"
-        "main['finish_start'](state, 'server')"
+        "import sys; sys.path.insert(0, sys.argv[1]); import processes;"
+        "state = {}; processes.start(state, 'server', sys.argv[3:], {}, {'url': sys.argv[2]}, ready=sys.argv[2]);"
+        "processes.finish_start(state, 'server')"
     )
-    line = [sys.executable, "-c", code, str(SCRIPT), ready, *command_line]
+    line = [sys.executable, "-c", code, str(SCRIPT.parent), ready, *command_line]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("kill_leader", [False, True])
 def test_stop_finds_children_that_left_the_session_and_ignore_sigterm(home, kill_leader, monkeypatch, capsys):
-    end = local_cluster.end
-    monkeypatch.setattr(local_cluster, "end", lambda *args, timeout_s: end(*args, timeout_s=min(timeout_s, 1)))
-    port = str(local_cluster.free_port("server"))
+    end = processes.end
+    monkeypatch.setattr(processes, "end", lambda *args, timeout_s: end(*args, timeout_s=min(timeout_s, 1)))
+    port = str(processes.free_port("server"))
     assert start_server(sys.executable, "-c", SERVER, port, ready=f"http://127.0.0.1:{port}/").returncode == 0
-    record = state(home)["server"]
-    assert len(local_cluster.family(record)) == 2
+    record = home.state()["server"]
+    assert len(processes.family(record)) == 2
     if kill_leader:
         leader = psutil.Process(int(str(record["pid"])))
         leader.kill()
         psutil.wait_procs([leader], timeout=10)
-        assert local_cluster.alive(record) is None
-        assert len(local_cluster.family(record)) == 1
-    local_cluster.stop("server", record)
-    assert local_cluster.family(record) == []
-    assert started_by(home) == []
+        assert processes.alive(record) is None
+        assert len(processes.family(record)) == 1
+    processes.stop("server", record)
+    assert processes.family(record) == []
+    assert home.processes() == []
     assert "stopped server" in capsys.readouterr().out
 
 
 def test_stop_remembers_processes_that_only_their_marked_kin_gave_away(home, monkeypatch):
     """Ray overwrites the environment of some processes; they outlive SIGTERM while the marked ones die of it."""
-    end = local_cluster.end
-    monkeypatch.setattr(local_cluster, "end", lambda *args, timeout_s: end(*args, timeout_s=min(timeout_s, 1)))
+    end = processes.end
+    monkeypatch.setattr(processes, "end", lambda *args, timeout_s: end(*args, timeout_s=min(timeout_s, 1)))
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
     )
@@ -156,16 +117,16 @@ def test_stop_remembers_processes_that_only_their_marked_kin_gave_away(home, mon
         "a = subprocess.Popen(['sleep', '600']); b = subprocess.Popen([sys.executable, '-c', sys.argv[2]], env=env);"
         "print(b.pid, flush=True); time.sleep(600)"
     )
-    line = [sys.executable, "-c", script, local_cluster.MARK, deaf]
-    env = {**os.environ, local_cluster.MARK: "of this test"}
+    line = [sys.executable, "-c", script, processes.MARK, deaf]
+    env = {**os.environ, processes.MARK: "of this test"}
     with subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
         unmarked = psutil.Process(int(sorted(leader.stdout.readline() for _ in range(2))[0]))
         record = {"pid": leader.pid, "started": psutil.Process(leader.pid).create_time(), "mark": "of this test"}
         leader.kill()
         leader.wait()
-        assert len(local_cluster.family(record)) == 2
-        local_cluster.stop("server", record)
-    assert not local_cluster.running(unmarked)
+        assert len(processes.family(record)) == 2
+        processes.stop("server", record)
+    assert not processes.running(unmarked)
 
 
 def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(home):
@@ -173,8 +134,8 @@ def test_a_server_that_dies_is_reported_with_its_log_and_leaves_nothing(home):
     assert re.search(
         r"StartError: no answer from http://127\.0\.0\.1:9/, see .*server\.log:\nno such thing", done.stderr
     )
-    assert state(home) == {}
-    assert started_by(home) == []
+    assert home.state() == {}
+    assert home.processes() == []
 
 
 def test_a_busy_default_port_gives_another_one_and_a_message(home, monkeypatch, capsys):
@@ -183,17 +144,17 @@ def test_a_busy_default_port_gives_another_one_and_a_message(home, monkeypatch, 
         busy.listen()
         port = busy.getsockname()[1]
         monkeypatch.setenv("CIR_DASHBOARD_PORT", str(port))
-        other = local_cluster.free_port("dashboard")
+        other = processes.free_port("dashboard")
         assert other != port
         assert f"port {port} (dashboard) is in use" in capsys.readouterr().out
-    assert local_cluster.free_port("dashboard") == port
+    assert processes.free_port("dashboard") == port
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("text", ["80", "70000", "http", "-1"])
 def test_a_port_that_is_none_is_refused(home, monkeypatch, text):
     monkeypatch.setenv("CIR_MLFLOW_PORT", text)
-    done = command("up")
+    done = home.command("up")
     assert done.returncode == 1
     assert f"error: CIR_MLFLOW_PORT={text!r} is not a port" in done.stderr
     assert "Traceback" not in done.stderr
@@ -201,24 +162,25 @@ def test_a_port_that_is_none_is_refused(home, monkeypatch, text):
 
 def test_wrong_usage_and_nothing_to_do(home):
     for arguments in ([], ["start"], ["up", "now"]):
-        done = command(*arguments)
+        done = home.command(*arguments)
         assert done.returncode == 2
-        assert "usage: cluster.py up | down | demo" in done.stderr
-    done = command("down")
+        assert "usage: cluster.py" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = home.command("down")
     assert (done.returncode, done.stdout) == (0, "nothing to stop\n")
 
 
 def test_a_damaged_state_file_is_named(home):
-    home.mkdir(parents=True)
-    (home / "cluster.json").write_text("{half")
-    done = command("down")
+    home.folder.mkdir(parents=True)
+    (home.folder / "cluster.json").write_text("{half")
+    done = home.command("down")
     assert done.returncode == 1
     assert "cluster.json is damaged" in done.stderr
-    (home / "cluster.json").unlink()
+    (home.folder / "cluster.json").unlink()
 
 
 def test_a_second_command_waits_for_the_first(home):
-    with local_cluster.locked():
+    with processes.locked():
         waiting = subprocess.Popen([sys.executable, str(SCRIPT), "down"], stdout=subprocess.PIPE, text=True)
         assert waiting.stdout is not None
         assert "waiting for it" in waiting.stdout.readline()
@@ -230,14 +192,14 @@ def test_a_second_command_waits_for_the_first(home):
 def test_a_killed_up_leaves_nothing_that_down_does_not_know(home):
     starting = subprocess.Popen([sys.executable, str(SCRIPT), "up"], stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (home / "cluster.json").exists():
+    while not (home.folder / "cluster.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     starting.kill()
     starting.wait()
-    assert started_by(home)
-    assert "stopped mlflow" in command("down").stdout
-    assert started_by(home) == []
+    assert home.processes()
+    assert "stopped mlflow" in home.command("down").stdout
+    assert home.processes() == []
 
 
 def test_a_server_is_known_before_it_starts(home, monkeypatch):
@@ -248,15 +210,13 @@ def test_a_server_is_known_before_it_starts(home, monkeypatch):
         started.append(real(*args, **options))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local_cluster.subprocess, "Popen", killed_after)
+    monkeypatch.setattr(processes.subprocess, "Popen", killed_after)
     with pytest.raises(KeyboardInterrupt):
-        local_cluster.start(
-            {}, "server", ["sleep", "600"], {}, {"url": "http://127.0.0.1:9"}, ready="http://127.0.0.1:9"
-        )
+        processes.start({}, "server", ["sleep", "600"], {}, {"url": "http://127.0.0.1:9"}, ready="http://127.0.0.1:9")
     monkeypatch.undo()
-    monkeypatch.setenv("CIR_RUN_DIR", str(home))
+    monkeypatch.setenv("CIR_RUN_DIR", str(home.folder))
     try:
-        local_cluster.stop("server", state(home)["server"])
+        processes.stop("server", home.state()["server"])
         assert started[0].wait(timeout=10)
     finally:
         started[0].kill()
@@ -272,57 +232,50 @@ def test_up_and_down(home, monkeypatch):
             busy.bind(("127.0.0.1", 0))
             busy.listen()
             monkeypatch.setenv(f"CIR_{name}_PORT", str(busy.getsockname()[1]))
-        first = command("up")
+        first = home.command("up")
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("is in use by another program; taking another one") == 3
-    records = state(home)
+    records = home.state()
     assert str(records["ray"]["url"]) in first.stdout
     assert f"export RAY_API_SERVER_ADDRESS={records['ray']['url']}" in first.stdout
-    assert local_cluster.answers(f"{records['mlflow']['url']}/health")
+    assert processes.answers(f"{records['mlflow']['url']}/health")
 
     temporary = [
         part.partition("=")[2] for part in psutil.Process(records["ray"]["pid"]).cmdline() if "--temp-dir=" in part
     ]
 
-    listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for record in records.values()
-        for process in local_cluster.family(record)
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
+    assert home.listening() == {"127.0.0.1"}
 
-    second = command("up")
+    second = home.command("up")
     assert second.returncode == 0
     assert "starting" not in second.stdout
-    assert state(home) == records
+    assert home.state() == records
 
     os.kill(int(str(records["ray"]["pid"])), signal.SIGKILL)  # `ray start`; the head's servers live on
-    left = local_cluster.family(records["ray"])
+    left = processes.family(records["ray"])
     assert left
-    third = command("up")
+    third = home.command("up")
     assert third.returncode == 0, third.stderr
     assert "stopped ray" in third.stdout
     assert "starting the Ray head" in third.stdout
     assert "starting the MLflow server" not in third.stdout
-    assert [process for process in left if local_cluster.running(process)] == []
-    assert state(home)["mlflow"] == records["mlflow"]
-    assert state(home)["ray"]["pid"] != records["ray"]["pid"]
-    later = state(home)["ray"]
-    assert local_cluster.answers(f"{later['url']}/api/version")
+    assert [process for process in left if processes.running(process)] == []
+    assert home.state()["mlflow"] == records["mlflow"]
+    assert home.state()["ray"]["pid"] != records["ray"]["pid"]
+    later = home.state()["ray"]
+    assert processes.answers(f"{later['url']}/api/version")
 
-    done = command("down")
+    done = home.command("down")
     assert done.returncode == 0
     assert "stopped mlflow" in done.stdout
     assert "stopped ray" in done.stdout
-    assert started_by(home) == []
-    assert not (home / "cluster.json").exists()
+    assert home.processes() == []
+    assert not (home.folder / "cluster.json").exists()
     for folder in temporary:
         shutil.rmtree(folder)
     sessions = {int(str(record["pid"])) for record in (*records.values(), later)}
     for process in psutil.process_iter():
-        if process.pid not in before and local_cluster.running(process):
+        if process.pid not in before and processes.running(process):
             with contextlib.suppress(ProcessLookupError):
                 assert os.getsid(process.pid) not in sessions, process
 
@@ -338,7 +291,7 @@ def test_a_port_of_another_protocol_is_no_answer():
 
         thread = threading.Thread(target=reply)
         thread.start()
-        assert not local_cluster.answers(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        assert not processes.answers(f"http://127.0.0.1:{server.getsockname()[1]}/")
         thread.join()
 
 
@@ -346,5 +299,5 @@ def test_the_next_port_is_taken_when_the_default_is_in_use(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]
         monkeypatch.setenv("CIR_MLFLOW_PORT", str(taken))
-        assert taken < local_cluster.free_port("mlflow") <= taken + 50
+        assert taken < processes.free_port("mlflow") <= taken + 50
     assert f"port {taken} (mlflow) is in use" in capsys.readouterr().out
