@@ -48,6 +48,7 @@ class EncoderChoice:
     adapter: str | None
     precision: str
     preprocessing_mode: str
+    decode: str
     use_gpu: bool
     batch_size: int
 
@@ -92,7 +93,13 @@ class QueryEncoder:
             one = self.choice
             device = "cuda" if one.use_gpu else "cpu"
             self._loaded = load_encoder(
-                one.model, one.pretrained, one.adapter, device, one.precision, preprocessing_mode=one.preprocessing_mode
+                one.model,
+                one.pretrained,
+                one.adapter,
+                device,
+                one.precision,
+                preprocessing_mode=one.preprocessing_mode,
+                decode=one.decode,
             )
         return self._loaded
 

@@ -51,7 +51,11 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
     connect()
     check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))
     describing = inspect_model.remote(
-        choice.model, choice.pretrained, choice.adapter, preprocessing_mode=choice.preprocessing_mode
+        choice.model,
+        choice.pretrained,
+        choice.adapter,
+        preprocessing_mode=choice.preprocessing_mode,
+        decode=choice.decode,
     )
     checked = check_queries(uris, store, part_rows=config.queries_per_part, reference_removed=removed)
     info = ray.get(describing)
@@ -138,6 +142,7 @@ def choose_encoder(config: BatchRetrieveConfig, store: EmbeddingStore, tracking_
         adapter=adapter,
         precision=config.precision,
         preprocessing_mode=spec.preprocessing.partition("-")[0],
+        decode="fast" if spec.preprocessing.partition("/")[0].endswith("-fast") else "exact",
         use_gpu=config.use_gpu,
         batch_size=config.batch_size,
     )

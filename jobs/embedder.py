@@ -69,12 +69,13 @@ class EmbedPlan:
     batch_size: int
     use_gpu: bool
     ids: str = "key"
+    decode: str = "exact"
     encoder_threads: int = 0
 
     @property
-    def encoder(self) -> tuple[str, str | None, str | None, str, str | None]:
+    def encoder(self) -> tuple[str, str | None, str | None, str, str | None, str]:
         """What decides the model: plans with equal values share one in memory."""
-        return self.model, self.pretrained, self.adapter, self.precision, self.preprocessing_mode
+        return self.model, self.pretrained, self.adapter, self.precision, self.preprocessing_mode, self.decode
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,9 @@ class ShardEmbedder:
 
     @staticmethod
     def _load(plan: EmbedPlan) -> Any:
-        model, pretrained, adapter, precision, mode = plan.encoder
+        model, pretrained, adapter, precision, mode, decode = plan.encoder
         device = "cuda" if plan.use_gpu else "cpu"
-        return load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode)
+        return load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode, decode=decode)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Embed the units in `batch`; one row for each: its plan, its PartInfo and why rows were rejected, as JSON."""

@@ -63,6 +63,7 @@ def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
                 "batch_size",
                 "use_gpu",
                 "ids",
+                "decode",
                 "encoder_threads",
             }
         ),

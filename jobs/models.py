@@ -36,6 +36,7 @@ def inspect_model(
     adapter: str | None = None,
     *,
     preprocessing_mode: str | None = None,
+    decode: str = "exact",
     lora: dict[str, Any] | None = None,
 ) -> ModelInfo:
     """Load a model as `load_encoder` does; with `lora`, attach a new adapter to this copy.
@@ -43,7 +44,7 @@ def inspect_model(
     Raises:
         CirError: any mistake in the arguments.
     """
-    encoder = load_encoder(model, pretrained, adapter, "cpu", preprocessing_mode=preprocessing_mode)
+    encoder = load_encoder(model, pretrained, adapter, "cpu", preprocessing_mode=preprocessing_mode, decode=decode)
     if lora is not None:
         from cir_core.lora import attach_lora  # imports torch, as load_encoder does
 

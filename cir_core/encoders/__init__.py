@@ -26,6 +26,7 @@ def load_encoder(
     precision: str = "auto",
     *,
     preprocessing_mode: str | None = None,
+    decode: str = "exact",
 ) -> OpenClipEncoder:
     """Load an encoder, ready for inference.
 
@@ -39,13 +40,13 @@ def load_encoder(
     device: "auto" = CUDA when there is one, else CPU; or a torch device ("cpu", "cuda:1").
     precision: "auto" = bf16 autocast on CUDA, float32 elsewhere; "fp32"; "bf16". Results are float32 in any
     case.
-    preprocessing_mode: a mode of preprocessing.Preprocessing instead of the model's own.
+    preprocessing_mode, decode: of preprocessing.Preprocessing; the mode is the model's own by default.
     Raises CirError for every mistake in these, before any work.
     """
     # Imported here: torch, open_clip and transformers take many seconds, and who only names an encoder need not wait.
     from cir_core.encoders.two_tower import load_options
 
-    options = load_options(adapter, device, precision, preprocessing_mode)
+    options = load_options(adapter, device, precision, preprocessing_mode, decode)
     if model.startswith("blip:"):
         from cir_core.encoders.blip import load_blip
 

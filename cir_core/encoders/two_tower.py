@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cir_core.encoders.base import EncoderDetails
 from cir_core.lora import TwoTowerModel, load_adapter, weights_digest
-from cir_core.preprocessing import Mode, Preprocessing, normalize
+from cir_core.preprocessing import Decode, Mode, Preprocessing, normalize
 from cir_core.schema import CirError
 
 # open_clip's name of how a picture is brought to size -> ours.
@@ -35,10 +35,11 @@ class LoadOptions:
     device: torch.device
     precision: str
     preprocessing_mode: str | None
+    decode: str
 
 
 def load_options(
-    adapter: str | Path | None, device: str, precision: str, preprocessing_mode: str | None
+    adapter: str | Path | None, device: str, precision: str, preprocessing_mode: str | None, decode: str
 ) -> LoadOptions:
     """Check and decide the options of `load_encoder`."""
     chosen = _device(device)
@@ -51,6 +52,7 @@ def load_options(
         device=chosen,
         precision=precision,
         preprocessing_mode=preprocessing_mode,
+        decode=decode,
     )
 
 
@@ -178,7 +180,7 @@ def describe(
             expected_weights_digest=base_digest,
             quick_gelu=quick_gelu,
         )
-    preprocessing = _preprocessing(model, towers.visual.preprocess_cfg, options.preprocessing_mode)
+    preprocessing = _preprocessing(model, towers.visual.preprocess_cfg, options)
     details = EncoderDetails(
         model=model,
         pretrained=pretrained,
@@ -202,12 +204,12 @@ def describe(
     )
 
 
-def _preprocessing(model: str, config: dict[str, Any], mode: str | None) -> Preprocessing:
+def _preprocessing(model: str, config: dict[str, Any], options: LoadOptions) -> Preprocessing:
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise CirError(f"model {model!r} takes {height}x{width} images; only square ones are supported")
-    mode = mode or RESIZE_MODES.get(config["resize_mode"])
+    mode = options.preprocessing_mode or RESIZE_MODES.get(config["resize_mode"])
     if mode is None:
         raise CirError(
             f"model {model!r} asks for resize_mode {config['resize_mode']!r}; known are "
@@ -215,8 +217,9 @@ def _preprocessing(model: str, config: dict[str, Any], mode: str | None) -> Prep
         )
     return Preprocessing(
         size=int(height),
-        mode=cast(Mode, mode),  # checked by Preprocessing
+        mode=cast(Mode, mode),  # checked by Preprocessing, as decode is
         interpolation=config["interpolation"],
+        decode=cast(Decode, options.decode),
     )
 
 
