@@ -258,7 +258,7 @@ def waves(width, height):
     return Image.fromarray((np.stack(planes, -1) * 120 + 128).round().astype(np.uint8))
 
 
-@pytest.mark.parametrize("shape", [(261, 300), (1031, 519), (700, 523)])
+@pytest.mark.parametrize("shape", [(261, 300), (700, 523)])
 @pytest.mark.parametrize("mode", ["center_crop", "target_pad", "squash"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_fast_decoding_shifts_nothing(shape, mode, orientation):
