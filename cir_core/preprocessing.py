@@ -199,6 +199,8 @@ def _decode(data: bytes, max_pixels: int, reduction: Preprocessing | None) -> _P
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError("too_many_pixels", f"{image.width} x {image.height}, at most {max_pixels}")
+            if image.format != "JPEG":
+                image.load()  # first: a PNG loads itself to find its EXIF, whose errors count for nothing; a TIFF turns itself
             operation = _UPRIGHT.get(_orientation(image))
             stored = image.size
             size = stored[::-1] if operation in _SWAPS_SIDES else stored
