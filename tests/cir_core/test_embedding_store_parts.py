@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cir_core import files
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec
+from cir_core.embedding_store.__main__ import main
 from cir_core.schema import CirError, Reject
 
 DIM = 4
@@ -119,29 +120,31 @@ def store_uri(tmp_path):
     return str(tmp_path / "store")
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "cir_core.embedding_store", *arguments], capture_output=True, text=True
-    )
+def test_the_commands(store_uri, tmp_path, capsys):
+    def command(*arguments):
+        code = main(arguments)
+        return code, *capsys.readouterr()
 
-
-def test_the_commands(store_uri, tmp_path):
-    shown = command("info", store_uri)
-    assert shown.returncode == 0
-    lines = dict((*line.split(None, 1), "")[:2] for line in shown.stdout.splitlines())
+    code, shown, _ = command("info", store_uri)
+    assert code == 0
+    lines = dict((*line.split(None, 1), "")[:2] for line in shown.splitlines())
     assert (lines["rows"], lines["dim"], lines["model"]) == ("10", "4", "tiny")
-    assert "rejects: duplicate_id 3" in " ".join(shown.stdout.split())
-    sound = command("verify", store_uri)
-    assert (sound.returncode, sound.stdout) == (0, "sound: 3 parts, 10 rows, 6 rejects\n")
+    assert "rejects: duplicate_id 3" in " ".join(shown.split())
+    assert command("verify", store_uri) == (0, "sound: 3 parts, 10 rows, 6 rejects\n", "")
     part = tmp_path / "store" / "part-00001.parquet"
     part.write_bytes(part.read_bytes()[:-1])
-    broken = command("verify", store_uri)
-    assert broken.returncode == 1
-    assert "part-00001: checksum" in broken.stdout
-    for arguments in (["info", str(tmp_path)], ["verify", "/nowhere"], ["check", store_uri], []):
-        refused = command(*arguments)
-        assert refused.returncode == 2
-        assert "Traceback" not in refused.stderr
+    code, shown, _ = command("verify", store_uri)
+    assert code == 1
+    assert "part-00001: checksum" in shown
+    for arguments in (["info", str(tmp_path)], ["verify", "/nowhere"]):
+        code, _, complaint = command(*arguments)
+        assert code == 2
+        assert complaint.startswith("error: ")
+    refused = subprocess.run(
+        [sys.executable, "-m", "cir_core.embedding_store", "check", store_uri], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "invalid choice: 'check'" in refused.stderr
 
 
 def test_other_programs_open_a_store(store_uri):
