@@ -26,11 +26,12 @@ _READERS = 16  # requests in flight while many small files are read
 class EmbeddingWriter:
     """Writes the parts of one store; many workers may hold one each, for the same `uri` and `spec`.
 
+    row_group_rows: rows that a reader of a few rows has to fetch; see `EmbeddingStore.read_rows`.
     Raises CirError if the folder is already for another identity: the message says which fields differ.
     """
 
-    def __init__(self, uri: str, spec: StoreSpec) -> None:
-        self.uri, self.spec = uri, spec
+    def __init__(self, uri: str, spec: StoreSpec, *, row_group_rows: int | None = None) -> None:
+        self.uri, self.spec, self.row_group_rows = uri, spec, row_group_rows or _ROW_GROUP_ROWS
         spec_uri = files.join(uri, "_progress", "spec.json")
         manifest_uri = files.join(uri, "manifest.json")
         self.committed = files.exists(manifest_uri)
@@ -71,7 +72,7 @@ class EmbeddingWriter:
         if caption_embeddings is not None:
             vectors["caption_embedding"] = caption_embeddings
         table = self._table(name, list(ids), vectors, dict(columns or {}))
-        data = files.parquet_bytes(table, **_parquet_options(table.schema))
+        data = files.parquet_bytes(table, row_group_size=self.row_group_rows, **_parquet_options(table.schema))
         info = PartInfo(
             index, name, table.num_rows, len(rejects), hashlib.sha256(data).hexdigest(), data.size,
             tuple(table.schema.names[2:]),
@@ -167,8 +168,7 @@ def _parquet_options(schema: pa.Schema) -> dict[str, Any]:
     paths = {f"{name}.list.element" if name in vectors else name: name for name in schema.names}
     compression = {path: "none" if name in vectors else "zstd" for path, name in paths.items()}
     return {
-        "row_group_size": _ROW_GROUP_ROWS, "compression": compression, "use_dictionary": False,
-        "write_statistics": False,
+        "compression": compression, "use_dictionary": False, "write_statistics": False,
     }  # fmt: skip
 
 

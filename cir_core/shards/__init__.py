@@ -7,7 +7,7 @@ give the very samples that were counted. A row that cannot be used is a `Reject`
 """
 
 from cir_core.shards.images import index_image_folder, list_images
-from cir_core.shards.index import find_images, index_shard, read_shard, read_slice
+from cir_core.shards.index import find_images, index_shard, read_captions, read_shard, read_slice
 from cir_core.shards.listing import list_shards, shard_versions
 from cir_core.shards.model import (
     IMAGE_SUFFIXES,
@@ -31,6 +31,7 @@ __all__ = [
     "index_shard",
     "list_images",
     "list_shards",
+    "read_captions",
     "read_shard",
     "read_slice",
     "shard_versions",
