@@ -39,6 +39,7 @@ _T = TypeVar("_T")
 READER_CPUS = 0.25  # a reader waits for storage most of its time
 _INDEX_READERS = 16  # requests in flight while the counts of thousands of shards are fetched
 _PIECE_READERS = 4  # ranged reads in flight while a round is fetched
+_ROUND_BYTES = 1 << 30  # of encoded images that a reader holds; ImageNet's 110 kB at batch 1024 are 8 steps of 115 MB
 DECODER_CPUS = 0.75  # decoding takes a core while it runs; one worker, one reader, one decoder fit two cores
 
 
@@ -57,9 +58,8 @@ def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 2
     caches = [files.join(cache_uri, f"{number:06d}.json") for number in range(len(shards))]
     missing = [number for number, cache in enumerate(caches) if cache not in known]
 
-    @ray.remote(
-        num_cpus=1, max_retries=3, retry_exceptions=[OSError]
-    )  # not more at once than cores: each process costs seconds to start
+    # not more at once than cores: each process costs seconds to start
+    @ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])
     def count(shard: str, cache: str) -> None:
         files.write_json(cache, asdict(index_shard(shard, slice_rows=slice_rows)))
 
@@ -111,6 +111,16 @@ class RunPlan:
     def num_rows(self) -> int:
         """Samples of one epoch."""
         return sum(index.num_samples for index in self.indexes)
+
+
+def steps_in_memory(indexes: Sequence[ShardIndex], global_batch_size: int) -> int:
+    """Return the steps of a round: as many as there may be, fewer where a reader would hold more than _ROUND_BYTES.
+
+    Depends on the shards and the batch alone, as the order of the samples does.
+    """
+    num_samples = sum(index.num_samples for index in indexes)
+    step_bytes = global_batch_size * sum(index.size_bytes for index in indexes) / max(1, num_samples)
+    return max(1, min(RunPlan.steps_per_round, int(_ROUND_BYTES / max(1.0, step_bytes))))
 
 
 def read_pairs(piece: Piece, anchors: TextAnchors | None) -> tuple[list[Sample], Anchors | None]:

@@ -30,7 +30,7 @@ from jobs.models import ModelInfo
 from jobs.session import check_resources, code_version, say
 from jobs.storage import RunFolder, absolute, check_writable, steps_done
 from jobs.text_anchors import run_anchors
-from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards
+from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards, steps_in_memory
 from jobs.training_worker import LoopSettings, MistakesAreFinal, train_worker
 
 if TYPE_CHECKING:
@@ -274,7 +274,8 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
         gang = {"CPU": config.cpus_per_worker * config.min_workers + READER_CPUS + DECODER_CPUS}
         check_resources(gang | ({"GPU": float(config.min_workers)} if config.use_gpu else {}))
     shards = find_data(config)
-    plan = RunPlan(tuple(index_shards(shards, absolute(config.storage_path))), config.batch, config.seed, config.epochs)
+    indexes = tuple(index_shards(shards, absolute(config.storage_path)))
+    plan = RunPlan(indexes, config.batch, config.seed, config.epochs, steps_in_memory(indexes, config.batch))
     steps, done = plan.epoch(0).num_steps * config.epochs, steps_done(folder.path("state"))
     folder.claim(settings)
     check_same_data(folder, shards)

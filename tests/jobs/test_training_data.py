@@ -14,10 +14,10 @@ from cir_core.encoders import load_encoder
 from cir_core.epoch_plan import EpochPlan, plan_epoch
 from cir_core.preprocessing import Preprocessing
 from cir_core.scenes import write_pairs
-from cir_core.shards import index_shard, read_captions, write_tar_shard
+from cir_core.shards import ShardIndex, index_shard, read_captions, write_tar_shard
 from jobs.models import ModelInfo
 from jobs.text_anchors import anchor_spec, make_anchors
-from jobs.training_data import PlannedBatches, RunPlan, index_shards, worker_batches
+from jobs.training_data import PlannedBatches, RunPlan, index_shards, steps_in_memory, worker_batches
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROWS, BATCH = 203, 16
@@ -182,3 +182,12 @@ def test_a_mistake_in_a_reader_is_not_repeated(connected, shards, tmp_path):
     (split,) = PlannedBatches(plan, Preprocessing(32), lambda: 0).configure({"train": None}, 1)
     with pytest.raises(Exception, match="the shard was changed since it was indexed"):
         list(worker_batches(split["train"], 0))
+
+
+def test_a_round_of_large_images_has_fewer_steps():
+    """64 MiB a step: 8 of them fit. Eight times the bytes a sample, then so many that not one step fits."""
+    sizes = {64 << 10: 8, 512 << 10: 2, 4 << 20: 1}
+    for bytes_per_sample, steps in sizes.items():
+        indexes = [ShardIndex(f"{n}.tar", 100, (), (), 100 * bytes_per_sample) for n in range(3)]
+        assert steps_in_memory(indexes, 1024) == steps
+    assert steps_in_memory([ShardIndex("a.tar", 0, (), (), 0)], 16) == 8
