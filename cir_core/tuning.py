@@ -4,6 +4,9 @@ Pure torch, one process of W: the job hands in the gather across processes and t
 (DistributedDataParallel). Everything random in a step is seeded by the step itself, so an interrupted run that goes on
 from its state ends in the same weights as one that was never interrupted.
 
+The text tower is frozen, so a caption's embedding never changes: a step takes captions, or anchors made from them
+before (`encode_texts`), and a tuner that is given anchors needs no text tower.
+
 Source: arXiv 2405.00571, section 4. Loss, temperature, LoRA, AdamW and learning rate are the paper's; weight decay,
 warm-up, schedule and clipping are not published and are settings.
 """
@@ -27,6 +30,9 @@ from cir_core.schema import CirError
 
 if TYPE_CHECKING:
     from cir_core.encoders.two_tower import OpenClipEncoder
+
+
+_NORM_TOLERANCE = 1e-3  # as the embedding store's: rounding is far below, a missing normalisation far above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class TextAnchoredTuner:
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         self.encoder, self.settings, self.rank, self.gather = encoder, settings, rank, gather
+        self.has_text_tower = True
         self.trainable = {
             name: parameter for name, parameter in encoder.model.named_parameters() if parameter.requires_grad
         }
@@ -102,16 +109,46 @@ class TextAnchoredTuner:
         done = (step - settings.warmup_steps) / max(1, settings.total_steps - settings.warmup_steps)
         return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-    def loss(self, images: Tensor, texts: list[str], valid: Tensor) -> Tensor:
+    def drop_text_tower(self) -> None:
+        """Free the memory of everything but the image tower; from now on the tuner takes ready anchors only.
+
+        The other weights become shapes without content, so the model can neither encode texts nor be exported any more.
+        """
+        model = self.encoder.model
+        visual = model.visual
+        model.visual = nn.Identity()
+        model.to("meta")
+        model.visual = visual
+        self.has_text_tower = False
+
+    def _anchors(self, texts: list[str] | Tensor, valid: Tensor) -> Tensor:
+        """Return float32[B, D] on the device: the captions' embeddings, or the given ones, checked."""
+        if not isinstance(texts, Tensor):
+            if not self.has_text_tower:
+                raise CirError("this tuner's text tower was dropped: give it anchors, float32[B, D], not captions")
+            return self.encoder.encode_texts(texts)
+        expected = (len(valid), self.encoder.dim)
+        norms = texts[valid].norm(dim=-1) if texts.shape == expected and texts.dtype == torch.float32 else None
+        if norms is None or not bool(((norms - 1).abs() <= _NORM_TOLERANCE).all()):
+            raise CirError(
+                f"text anchors must be float32{list(expected)} of unit norm, found {texts.dtype}{list(texts.shape)}"
+                + ("" if norms is None else f" with norms from {float(norms.min()):.4g} to {float(norms.max()):.4g}")
+            )
+        return texts.to(self.encoder.device, non_blocking=True)
+
+    def loss(self, images: Tensor, texts: list[str] | Tensor, valid: Tensor) -> Tensor:
         """Return this process's share of the global loss; see `losses.contrastive_loss`.
 
         Args:
             images: uint8[B, 3, H, W], already resized and cropped.
-            texts: B captions; anchors, no gradient flows to them.
-            valid: bool[B], False for placeholder rows.
+            texts: B captions, or their embeddings float32[B, D] of unit norm; no gradient flows to them.
+            valid: bool[B], False for placeholder rows, whose text may be anything.
+
+        Raises:
+            CirError: embeddings of another shape, type or norm; captions after `drop_text_tower`.
         """
         with torch.no_grad():
-            text_BD = self.encoder.encode_texts(texts)
+            text_BD = self._anchors(texts, valid)
             pixels = self.encoder.normalize(images)
         device = self.encoder.device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.precision == "bf16"):
@@ -125,8 +162,11 @@ class TextAnchoredTuner:
             valid=valid.to(device),
         )
 
-    def step(self, index: int, images: Tensor, texts: list[str], valid: Tensor) -> StepResult:
-        """Do optimiser step `index` (0-based over the whole run) on this process's part of the global batch."""
+    def step(self, index: int, images: Tensor, texts: list[str] | Tensor, valid: Tensor) -> StepResult:
+        """Do optimiser step `index` (0-based over the whole run) on this process's part of the global batch.
+
+        The rest is as in `loss`.
+        """
         torch.manual_seed(hash((self.settings.seed, index, self.rank)) & 0x7FFFFFFF)  # dropout; a hash of ints is fixed
         self.tower.train()
         loss = self.loss(images, texts, valid)

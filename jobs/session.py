@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
 from ray._common.utils import get_ray_address_file
@@ -25,6 +25,9 @@ from ray._private import ray_constants
 from cir_core.files import redact
 from cir_core.schema import CirError
 from jobs.config import repository_root
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 # For this process and every worker. A value that the user has set stands.
 _ENVIRONMENT = {
@@ -36,6 +39,9 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+# The type's name at the start of an error's text: all that Ray Data compares. Those of Python's subclasses of OSError that
+# a network gives.
+_NETWORK_ERROR = r"^(OSError|BrokenPipeError|Connection\w*Error|TimeoutError)\b"
 _URI = re.compile(r"\w+://\S+")
 _RESUME = "the same command continues where this one stopped"
 
@@ -164,6 +170,17 @@ def connect() -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # so that a CirError of a worker arrives as one
     _quiet_ray_data()
+
+
+def retry_network_errors(dataset: Dataset, *, max_retries: int = 5) -> None:
+    """Have Ray Data repeat a task that a network failure ended, with growing pauses: half a minute in all.
+
+    `cir_core.files` has tried each request again before. A repeated task skips the blocks that it had already given out,
+    so it must give out the same ones in the same order. Nothing but OSError is repeated.
+    """
+    dataset.context.raise_original_map_exception = True  # the pattern below sees the error itself
+    dataset.context.retried_map_errors = [_NETWORK_ERROR]
+    dataset.context.max_map_retries = max_retries
 
 
 def _running_cluster() -> str | None:

@@ -1,7 +1,8 @@
 """Image-text shards to training batches: index once, then stream every epoch through Ray Data in a planned order.
 
 Two operators: a reader task fetches one round of the plan (ranged reads, shuffle) and sends out one row per step and
-worker; decoding tasks turn each row's encoded images into one uint8 tensor. A row is a worker's whole batch of one
+worker; decoding tasks turn each row's encoded images into one uint8 tensor. With text anchors (jobs/text_anchors.py) the
+reader fetches them too, and they travel in place of the captions as float32[D] lists and one float32 tensor. A row is a worker's whole batch of one
 step, and a block is one row, so Ray Data's splitter, which deals blocks out to the worker with the fewest rows, hands
 each worker its part of every step; `step` travels with the row and the training loop refuses any other than the next.
 """
@@ -13,9 +14,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 from ray.data import DataIterator, Dataset, TaskPoolStrategy
@@ -23,15 +26,20 @@ from ray.train import DataConfig
 
 from cir_core import files
 from cir_core.embedding_store import listing_digest
-from cir_core.epoch_plan import EpochPlan, plan_epoch, rows_per_worker
+from cir_core.epoch_plan import EpochPlan, Piece, plan_epoch, rows_per_worker
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import Reject
 from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_versions
-from jobs.session import say
+from jobs.session import retry_network_errors, say
+from jobs.text_anchors import TextAnchors
 
 Batches = Iterator[tuple[dict[str, Any], dict[str, Any]]]
+Anchors = npt.NDArray[np.float32]
 _T = TypeVar("_T")
 READER_CPUS = 0.25  # a reader waits for storage most of its time
+_INDEX_READERS = 16  # requests in flight while the counts of thousands of shards are fetched
+_PIECE_READERS = 4  # ranged reads in flight while a round is fetched
+_ROUND_BYTES = 1 << 30  # of encoded images that a reader holds; ImageNet's 110 kB at batch 1024 are 8 steps of 115 MB
 DECODER_CPUS = 0.75  # decoding takes a core while it runs; one worker, one reader, one decoder fit two cores
 
 
@@ -50,7 +58,8 @@ def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 2
     caches = [files.join(cache_uri, f"{number:06d}.json") for number in range(len(shards))]
     missing = [number for number, cache in enumerate(caches) if cache not in known]
 
-    @ray.remote(num_cpus=1, max_retries=3)  # not more at once than cores: each process costs seconds to start
+    # not more at once than cores: each process costs seconds to start
+    @ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError])
     def count(shard: str, cache: str) -> None:
         files.write_json(cache, asdict(index_shard(shard, slice_rows=slice_rows)))
 
@@ -61,7 +70,8 @@ def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 2
         ray.get(done)
         if waiting and total > 8:
             say(f"counting shards: {total - len(waiting)} of {total}")
-    return [_read_index(cache, shard) for cache, shard in zip(caches, shards, strict=True)]
+    with ThreadPoolExecutor(_INDEX_READERS) as pool:
+        return list(pool.map(_read_index, caches, shards))
 
 
 def _read_index(cache: str, shard: str) -> ShardIndex:
@@ -75,13 +85,17 @@ def _read_index(cache: str, shard: str) -> ShardIndex:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The epochs of a run as one sequence of steps and rounds. All epochs have the same number of each."""
+    """The epochs of a run as one sequence of steps and rounds. All epochs have the same number of each.
+
+    anchors: where to read the captions' embeddings; None: captions travel, and each worker embeds its own.
+    """
 
     indexes: tuple[ShardIndex, ...]
     global_batch_size: int
     seed: int
     epochs: int
     steps_per_round: int = 8
+    anchors: TextAnchors | None = None
 
     def epoch(self, epoch: int) -> EpochPlan:
         """Return the plan of one epoch."""
@@ -99,44 +113,73 @@ class RunPlan:
         return sum(index.num_samples for index in self.indexes)
 
 
+def steps_in_memory(indexes: Sequence[ShardIndex], global_batch_size: int) -> int:
+    """Return the steps of a round: as many as there may be, fewer where a reader would hold more than _ROUND_BYTES.
+
+    Depends on the shards and the batch alone, as the order of the samples does.
+    """
+    num_samples = sum(index.num_samples for index in indexes)
+    step_bytes = global_batch_size * sum(index.size_bytes for index in indexes) / max(1, num_samples)
+    return max(1, min(RunPlan.steps_per_round, int(_ROUND_BYTES / max(1.0, step_bytes))))
+
+
+def read_pairs(piece: Piece, anchors: TextAnchors | None) -> tuple[list[Sample], Anchors | None]:
+    """Read the samples of a piece and, if there are any, their anchors float32[n, D]."""
+    samples = list(read_slice(piece.slice))[piece.first : piece.stop]
+    return samples, None if anchors is None else anchors.read(piece.slice.shard, samples)
+
+
 def _read_rounds(
     batch: dict[str, Any], *, plan_ref: ray.ObjectRef[RunPlan], world_size: int, first_step: int
 ) -> Iterator[pa.Table]:
-    """Yield a table of one row per step and worker: step (of the whole run) and lists shard, key, image, caption."""
+    """Yield a table of one row per step and worker; see `_round_table`. A whole round is read before its first row."""
     plan: RunPlan = ray.get(plan_ref)
     rounds_per_epoch = plan.epoch(0).num_rounds
     for number in map(int, batch["id"]):
         epoch = plan.epoch(number // rounds_per_epoch)
         round_index = number % rounds_per_epoch
-        rows: list[Sample] = []
-        for piece in epoch.pieces(round_index):
-            rows += list(read_slice(piece.slice))[piece.first : piece.stop]
+        with ThreadPoolExecutor(_PIECE_READERS) as pool:
+            pieces = list(pool.map(partial(read_pairs, anchors=plan.anchors), epoch.pieces(round_index)))
+        rows = [row for samples, _ in pieces for row in samples]
+        vectors = [part for _, part in pieces if part is not None]
+        anchors_RD = np.concatenate(vectors) if vectors else None
         start = epoch.epoch * epoch.num_steps + round_index * plan.steps_per_round
         for step, parts in enumerate(epoch.deal(round_index, world_size), start=start):
             if step < first_step:
                 continue
             for part in parts:
                 chosen = [rows[index] for index in part]
-                lists = {
-                    name: [[getattr(row, name) for row in chosen]] for name in ("shard", "key", "image", "caption")
-                }
-                yield pa.table({"step": [step], **lists}, schema=_ROUND_SCHEMA)
+                yield _round_table(step, chosen, None if anchors_RD is None else anchors_RD[part])
 
 
-_ROUND_SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("shard", pa.list_(pa.string())),
-        ("key", pa.list_(pa.string())),
-        ("image", pa.list_(pa.large_binary())),
-        ("caption", pa.list_(pa.string())),
-    ]
-)
+def _round_table(step: int, rows: Sequence[Sample], anchors_BD: Anchors | None) -> pa.Table:
+    """Return one row: step (of the whole run) and lists shard, key, image and caption, or anchor instead of caption."""
+    lists: dict[str, Any] = {
+        name: pa.array([[getattr(row, name) for row in rows]], kind) for name, kind in _ROUND_COLUMNS.items()
+    }
+    if anchors_BD is None:
+        lists["caption"] = pa.array([[row.caption for row in rows]], pa.list_(pa.string()))
+    else:
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(anchors_BD.reshape(-1)), anchors_BD.shape[1])
+        lists["anchor"] = pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), vectors)
+    return pa.table({"step": pa.array([step], pa.int64()), **lists})
+
+
+_ROUND_COLUMNS = {
+    "shard": pa.list_(pa.string()),
+    "key": pa.list_(pa.string()),
+    "image": pa.list_(pa.large_binary()),
+}
 
 
 def _decode(table: pa.Table, *, preprocessing: Preprocessing, batch_rows: int) -> dict[str, Any]:
-    """Decode a row's images to uint8[1, batch_rows, 3, H, W]; an unreadable one leaves zeros, `valid` False, a reject."""
-    (row,) = table.to_pylist()
+    """Turn a row into a batch of batch_rows places; those without a readable image are placeholders.
+
+    Returns step, images uint8[1, batch_rows, 3, H, W], valid bool[1, batch_rows] and info (JSON: shard, key, rejects and,
+    without anchors, texts). With anchors: anchors float32[1, batch_rows, D]. An unreadable image leaves zeros, `valid`
+    False and a reject.
+    """
+    (row,) = table.select(["step", *_ROUND_COLUMNS]).to_pylist()
     size = preprocessing.size
     images = np.zeros((1, batch_rows, 3, size, size), np.uint8)
     valid = np.zeros((1, batch_rows), np.bool_)
@@ -147,9 +190,22 @@ def _decode(table: pa.Table, *, preprocessing: Preprocessing, batch_rows: int) -
             valid[0, index] = True
         except ImageError as error:
             rejects.append(asdict(Reject(row["shard"][index], row["key"][index], error.reason, error.detail)))
-    texts = row["caption"] + [""] * (batch_rows - len(row["caption"]))
-    info = {"texts": texts, "rejects": rejects, "shard": row["shard"], "key": row["key"]}
-    return {"step": np.array([row["step"]]), "images": images, "valid": valid, "info": np.array([json.dumps(info)])}
+    info: dict[str, Any] = {"rejects": rejects, "shard": row["shard"], "key": row["key"]}
+    batch = {"step": np.array([row["step"]]), "images": images, "valid": valid}
+    if "anchor" in table.column_names:
+        batch["anchors"] = _padded(table.column("anchor"), batch_rows)
+    else:
+        (texts,) = table.column("caption").to_pylist()
+        info["texts"] = texts + [""] * (batch_rows - len(texts))
+    return {**batch, "info": np.array([json.dumps(info)])}
+
+
+def _padded(column: pa.ChunkedArray, batch_rows: int) -> Anchors:
+    """Return the vectors of a column of one list as float32[1, batch_rows, D], zeros after the last."""
+    vectors = column.combine_chunks().flatten()
+    padded = np.zeros((1, batch_rows, vectors.type.list_size), np.float32)
+    padded[0, : len(vectors)] = vectors.flatten().to_numpy().reshape(len(vectors), -1)
+    return padded
 
 
 class PlannedBatches(DataConfig):  # type: ignore[misc]
@@ -193,6 +249,7 @@ class PlannedBatches(DataConfig):  # type: ignore[misc]
         )
         dataset.context.target_max_block_size = 1  # a block is one row: one worker's batch of one step
         dataset.context.execution_options.preserve_order = True
+        retry_network_errors(dataset)  # both operators give out the same rows when they run again
         dataset.set_name(name)
         return [{name: split} for split in dataset.streaming_split(world_size, equal=False)]
 
@@ -207,7 +264,8 @@ def worker_batches(iterator: DataIterator, first_step: int) -> Batches:
         step = int(batch["step"][0])
         if step != expected:
             raise RuntimeError(f"the data pipeline delivered step {step} where step {expected} was due")
-        yield {"images": batch["images"][0], "valid": batch["valid"][0]}, json.loads(str(batch["info"][0]))
+        arrays = {name: batch[name][0] for name in ("images", "valid", "anchors") if name in batch}
+        yield arrays, json.loads(str(batch["info"][0]))
 
 
 def started(source: Iterator[_T]) -> Iterator[_T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ from jobs.config import flat_parameters, public
 from jobs.models import ModelInfo
 from jobs.session import check_resources, code_version, say
 from jobs.storage import RunFolder, absolute, check_writable, steps_done
-from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards
+from jobs.text_anchors import run_anchors
+from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards, steps_in_memory
 from jobs.training_worker import LoopSettings, MistakesAreFinal, train_worker
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 
 SCENES = "scenes"  # the value of --data that stands for generated pairs
 _SHARD_ROWS = 1000  # of the generated shards
-# Settings that say where and how often, not what: they may differ when a run is resumed.
+# Settings that say where and how often, not what: they may differ when a run is resumed. cache_text_anchors is none of
+# them: an anchor agrees with the text tower's answer in training only to rounding (another batch, another kernel), so
+# a run that had changed over would not end in the weights of one that had not been interrupted.
 _OPERATIONAL = ("num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "log_every_steps",
                 "max_failures", "name", "gradient_checkpointing")  # fmt: skip
 
@@ -59,11 +63,10 @@ def find_data(config: TatTrainConfig) -> list[str]:
 def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlflow_run_id: str) -> LoopSettings:
     """Derive what the workers need."""
     total = plan.epoch(0).num_steps * config.epochs
-    precision = ("bf16" if config.use_gpu else "fp32") if config.precision == "auto" else config.precision
     tuning = TuningSettings(
         total_steps=total,
         warmup_steps=int(config.warmup_fraction * total),
-        precision=precision,
+        precision=config.resolved_precision,
         lr=config.peak_lr,
         **config.model_dump(include={"weight_decay", "max_grad_norm", "temperature", "gradient_checkpointing", "seed"}),
     )
@@ -271,7 +274,8 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
         gang = {"CPU": config.cpus_per_worker * config.min_workers + READER_CPUS + DECODER_CPUS}
         check_resources(gang | ({"GPU": float(config.min_workers)} if config.use_gpu else {}))
     shards = find_data(config)
-    plan = RunPlan(tuple(index_shards(shards, absolute(config.storage_path))), config.batch, config.seed, config.epochs)
+    indexes = tuple(index_shards(shards, absolute(config.storage_path)))
+    plan = RunPlan(indexes, config.batch, config.seed, config.epochs, steps_in_memory(indexes, config.batch))
     steps, done = plan.epoch(0).num_steps * config.epochs, steps_done(folder.path("state"))
     folder.claim(settings)
     check_same_data(folder, shards)
@@ -281,6 +285,7 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     say(f"MLflow: {tracker.page}")
     if not result:
         try:
+            plan = replace(plan, anchors=run_anchors(config, folder, model, plan.indexes))
             train(config, folder, loop_settings(config, folder, plan, tracker.run_id), model.preprocessing)
         except BaseException:
             tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)

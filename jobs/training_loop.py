@@ -25,17 +25,17 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from cir_core import files
 from cir_core.encoders import load_encoder
 from cir_core.encoders.two_tower import OpenClipEncoder
+from cir_core.epoch_plan import Piece
 from cir_core.lora import TatMetadata, attach_lora, export_merged, save_adapter
 from cir_core.losses import all_gather_with_grad
 from cir_core.modality_gap import modality_gap
 from cir_core.preprocessing import ImageError, preprocess_image
 from cir_core.schema import REJECT_SCHEMA, CirError
-from cir_core.shards import read_slice
 from cir_core.tuning import StepResult, TextAnchoredTuner
 from jobs.session import say
 from jobs.storage import STATE
 from jobs.tracking import LiveMetrics
-from jobs.training_data import Batches
+from jobs.training_data import Batches, read_pairs
 from jobs.training_worker import LoopSettings
 
 _GAP_BATCH = 256
@@ -79,6 +79,8 @@ def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: s
         gather=all_gather_with_grad if world > 1 else None,
         wrap=lambda module: ray.train.torch.prepare_model(module) if world > 1 else module,
     )
+    if settings.plan.anchors is not None:
+        tuner.drop_text_tower()  # nothing needs it before the merged weights are written, and they are made of a new copy
     memory: dict[str, Any] = {"history": [], "trainable_fraction": report.fraction, "num_parameters": report.total}
     if state_uri is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +117,8 @@ def _run_steps(
     for index, (arrays, info) in enumerate(batches, start=first):
         waited += time.perf_counter() - asked
         images, valid = (torch.from_numpy(arrays[key].copy()) for key in ("images", "valid"))  # Ray's are read-only
-        result = tuner.step(index, images, info["texts"], valid)
+        texts = torch.from_numpy(arrays["anchors"].copy()) if "anchors" in arrays else info["texts"]
+        result = tuner.step(index, images, texts, valid)
         interval.add(index, info, record=settings.record_samples)
         done = index + 1
         if not torch.isfinite(result.grad_norm):  # the same on every rank, and before anything of it is kept
@@ -198,20 +201,27 @@ def measure_gap(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, f
     """Measure the modality gap on the first `gap_samples` readable pairs of the plan's slices, in eval mode."""
     images: list[torch.Tensor] = []
     texts: list[str] = []
+    anchors: list[torch.Tensor] = []
     for part in settings.plan.epoch(0).slices:
-        for sample in read_slice(part):
-            if len(texts) == settings.gap_samples:
+        if len(images) == settings.gap_samples:
+            break
+        samples, vectors = read_pairs(Piece(part, 0, part.num_rows), settings.plan.anchors)
+        for index, sample in enumerate(samples):
+            if len(images) == settings.gap_samples:
                 break
             try:
                 images.append(torch.from_numpy(preprocess_image(sample.image, encoder.preprocessing)))
             except ImageError:
                 continue
             texts.append(sample.caption)
+            if vectors is not None:
+                anchors.append(torch.from_numpy(vectors[index].copy()))
     encoder.model.eval()
     batches = [
         encoder.encode_images(torch.stack(images[i : i + _GAP_BATCH])) for i in range(0, len(images), _GAP_BATCH)
     ]
-    return asdict(modality_gap(torch.cat(batches), encoder.encode_texts(texts)))
+    text_ND = torch.stack(anchors).to(encoder.device) if anchors else encoder.encode_texts(texts)
+    return asdict(modality_gap(torch.cat(batches), text_ND))
 
 
 def _save_result(settings: LoopSettings, encoder: OpenClipEncoder, memory: dict[str, Any]) -> None:
@@ -223,6 +233,8 @@ def _save_result(settings: LoopSettings, encoder: OpenClipEncoder, memory: dict[
     with tempfile.TemporaryDirectory() as folder:
         adapter, merged = Path(folder) / "adapter", Path(folder) / "merged"
         save_adapter(encoder.model, adapter, tat)
+        if settings.plan.anchors is not None:  # this copy has no text tower; the weights must be those it began with
+            encoder = load_encoder(settings.model, settings.pretrained, adapter, "cpu", "fp32")
         export_merged(encoder.model, merged, model_cfg=encoder.model_cfg, tokenizer=encoder.tokenizer)
         for source in (merged, adapter):
             upload(source, files.join(settings.run_uri, source.name))

@@ -42,8 +42,8 @@ class StoreSpec:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the canonical JSON of the fields, in hexadecimal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the canonical JSON of the fields and of the format's version, in hexadecimal."""
+        return hashlib.sha256(json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: StoreSpec) -> str:
         """Describe the fields in which `other`, found on disk, differs from this one."""
@@ -102,7 +102,9 @@ class Manifest:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise CirError(f"{name}: not the manifest of an embedding store (format {FORMAT!r} expected)")
         if value.get("version") != VERSION:
-            raise CirError(f"{name}: version {value.get('version')!r}; this code reads version {VERSION}")
+            raise CirError(
+                f"{name}: version {value.get('version')!r}; this code reads version {VERSION}: make the store again"
+            )
         try:
             parts = tuple(part_info(part) for part in value["parts"])
             spec = StoreSpec(**value["spec"])

@@ -175,6 +175,32 @@ class EmbeddingStore:
             raise CirError(f"{files.redact(self.uri)}: {len(missing)} ids are not in the store, such as {shown}")
         return vectors[[places[one] for one in ids]]
 
+    def read_rows(self, part: int, first: int, stop: int, columns: Sequence[str] = ()) -> Block:
+        """Return rows [first, stop) of one part, counted within it; reads only the row groups that hold them.
+
+        Raises CirError for a part, row or column that does not exist and for a damaged part.
+        """
+        offset, info = next(self._chosen([part]), (0, None))
+        held = info.num_rows if info is not None else 0
+        unknown = [column for column in columns if column not in self.manifest.columns]
+        if info is None or unknown or not 0 <= first < stop <= held:
+            raise CirError(
+                f"{files.redact(self.uri)}: asked for rows [{first}, {stop}) of part {part} with the columns "
+                f"{list(columns)}; it has {held} rows and the columns {self.manifest.columns}"
+            )
+        with files.open_parquet(self._part_uri(info), "part") as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            ends = np.cumsum(sizes, dtype=np.int64)
+            if sum(sizes) != held:
+                raise CirError(
+                    f"unreadable part {files.redact(self._part_uri(info))}: {sum(sizes)} rows, manifest: {held}"
+                )
+            low, high = np.searchsorted(ends, [first, stop - 1], side="right")
+            table = file.read_row_groups(list(range(low, high + 1)), columns=["id", "embedding", *columns])
+            table = table.slice(first - int(ends[low]) + sizes[low], stop - first)
+        extra = {column: _values(table.column(column).combine_chunks()) for column in columns}
+        return Block(offset + first, table.column("id").combine_chunks(), _matrix(table.column("embedding")), extra)
+
     def iter_batches(self, block_rows: int = 16_384) -> Iterator[pa.RecordBatch]:
         """Yield all rows in row order as Arrow holds them, every column."""
         for _, part in self._chosen(None):

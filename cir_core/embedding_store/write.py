@@ -28,6 +28,7 @@ _READERS = 32  # requests in flight while many small files are read
 class EmbeddingWriter:
     """Writes the parts of one store; many workers may hold one each, for the same `uri` and `spec`.
 
+    row_group_rows: rows that a reader of a few rows has to fetch; see `EmbeddingStore.read_rows`.
     Raises CirError if the folder is already for another identity: the message says which fields differ.
     """
 

@@ -9,7 +9,7 @@ without fetching the images, for work that is too long for one process.
 
 from cir_core.shards.fetch import fetch_image
 from cir_core.shards.images import index_image_folder, list_images
-from cir_core.shards.index import find_images, index_shard, read_shard, read_slice, read_slice_rows
+from cir_core.shards.index import find_images, index_shard, read_captions, read_shard, read_slice, read_slice_rows
 from cir_core.shards.listing import list_shards, shard_versions
 from cir_core.shards.model import (
     IMAGE_SUFFIXES,
@@ -39,6 +39,7 @@ __all__ = [
     "is_uri_list",
     "list_images",
     "list_shards",
+    "read_captions",
     "read_links",
     "read_shard",
     "read_slice",

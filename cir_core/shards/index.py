@@ -8,6 +8,7 @@ from cir_core import files
 from cir_core.schema import CirError, Reject
 from cir_core.shards import images, linked, parquet, tar
 from cir_core.shards.model import (
+    Row,
     Sample,
     ShardIndex,
     Slice,
@@ -75,6 +76,28 @@ def read_shard(uri: str, *, require_caption: bool = True) -> Iterator[Sample | R
         with tar.open_tar(uri) as stream:
             rows = tar.tar_rows(stream, load=True, name=name)
             yield from read_rows(rows, shard=name, require_caption=require_caption)
+
+
+def read_captions(uri: str) -> Iterator[tuple[str, str]]:
+    """Yield key and caption of exactly the samples that `index_shard` counts, in the order of `Sample.row`.
+
+    Images are skipped as in `index_shard`. Raises CirError for a file that is not what its suffix says.
+    """
+    name = files.redact(uri)
+    if is_uri_list(uri):
+        yield from linked.list_captions(uri)
+    elif _is_parquet(uri):
+        with parquet.open_parquet(uri, require_caption=True) as shard:
+            yield from _captions(parquet.parquet_rows(shard, range(shard.num_row_groups), load=False), name)
+    else:
+        with tar.open_tar(uri) as stream:
+            yield from _captions(tar.tar_rows(stream, load=False, name=name), name)
+
+
+def _captions(rows: Iterator[Row], name: str) -> Iterator[tuple[str, str]]:
+    for row, verdict in sort_rows(rows, shard=name, require_caption=True):
+        if not isinstance(verdict, Reject):
+            yield row.key, verdict
 
 
 def read_slice(part: Slice, *, require_caption: bool = True) -> Iterator[Sample]:

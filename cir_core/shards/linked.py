@@ -35,6 +35,13 @@ def read_list(uri: str, *, require_caption: bool) -> Iterator[Sample | Reject]:
     yield from _fetch_all(verdicts, files.redact(uri), 0)
 
 
+def list_captions(uri: str) -> Iterator[tuple[str, str]]:
+    """Yield key and caption of the rows that `index_list` counts as samples, captions required; fetches no image."""
+    for _, verdict in sort_links(list_rows(uri), uri, require_caption=True):
+        if not isinstance(verdict, Reject):
+            yield verdict.key, verdict.caption or ""
+
+
 def read_list_slice(part: Slice, *, require_caption: bool) -> Iterator[Sample | Reject]:
     """Yield the rows that `index_list` counted: a Sample each, or the Reject of an image that cannot be had."""
     yield from _fetch_all(_slice_links(part, require_caption=require_caption), files.redact(part.shard), part.first_row)

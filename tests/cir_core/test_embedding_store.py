@@ -1,5 +1,6 @@
 """Write, commit, read; half-written, mixed and damaged stores; counts that do not add up."""
 
+import itertools
 import json
 import pickle
 import uuid
@@ -119,6 +120,15 @@ def test_any_partition_holds_the_same_rows(sizes, group_rows, block_rows, tmp_pa
     assert np.array_equal(store.take(ids[::-2]), everything[::-2])
     assert store.ids_at(np.arange(len(ids))[::-1]).tolist() == ids[::-1]
     assert store.verify() == []
+    start = 0
+    for index, count in enumerate(rows):
+        for first, stop in itertools.combinations(range(count + 1), 2):
+            block = store.read_rows(index, first, stop, columns=["caption"])
+            assert block.offset == start + first
+            assert block.ids == ids_of(index, count)[first:stop]
+            assert np.array_equal(block.embeddings, unit(count, index)[first:stop])
+            assert block.columns["caption"] == [f"c{row}" if row else None for row in range(count)][first:stop]
+        start += count
 
 
 def test_float16_on_disk(tmp_path):
@@ -338,6 +348,9 @@ def test_wrong_requests_are_named(tmp_path):
         next(store.iter_blocks(columns=["uri"]))
     with pytest.raises(CirError, match=r"parts 0 to 2; asked for \[3\]"):
         next(store.iter_blocks(parts=[3]))
+    for part, first, stop, columns in ((0, 3, 6, ()), (0, 2, 2, ()), (1, 0, 1, ()), (0, 0, 1, ("uri",))):
+        with pytest.raises(CirError, match=rf"rows \[{first}, {stop}\) of part {part}"):
+            store.read_rows(part, first, stop, columns)
     with pytest.raises(CirError, match="block_rows"):
         next(store.iter_blocks(0))
     with pytest.raises(CirError, match="row numbers"):

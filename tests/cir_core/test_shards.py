@@ -59,6 +59,8 @@ def read_three_ways(uri, slice_rows=2, **options):
     assert sliced == samples
     assert [sample.row for sample in samples] == list(range(len(samples)))
     assert len({sample.key for sample in samples}) == len(samples)
+    if options.get("require_caption", True):
+        assert list(shards.read_captions(uri)) == [(sample.key, sample.caption) for sample in samples]
     return samples, rejects
 
 

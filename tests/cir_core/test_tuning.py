@@ -115,3 +115,47 @@ def test_gradient_checkpointing_gives_the_same_step(tiny_model_dir):
         one.step(0, *batch(3))
         digests.append(one.state_bytes({}))
     assert digests[0] == digests[1]
+
+
+def test_ready_anchors_give_the_loss_of_their_captions(tiny_model_dir):
+    """Over whole runs: with a text tower, and with anchors and none."""
+    losses, digests = [], []
+    for cached in (False, True):
+        one = tuner(tiny_model_dir)
+        anchors = one.encoder.encode_texts(TEXTS)
+        if cached:
+            one.drop_text_tower()
+        found = []
+        for index in range(8):
+            images, texts, valid = batch(index)
+            valid[index % 6] = False
+            given = anchors.masked_fill(~valid[:, None], 0.0) if cached else texts
+            found.append(one.step(index, images, given, valid).loss.item())
+        losses.append(found)
+        digests.append(one.state_bytes({}))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert len(set(losses[0])) == 8
+    assert len(digests[0]) == len(digests[1])
+
+
+def test_dropping_the_text_tower_frees_all_but_the_image_tower(tiny_model_dir):
+    one = tuner(tiny_model_dir)
+    images, texts, valid = batch(0)
+    one.drop_text_tower()
+    held = {name for name, tensor in one.encoder.model.state_dict().items() if not tensor.is_meta}
+    assert held
+    assert all(name.startswith("visual.") for name in held)
+    assert not any(tensor.is_meta for name, tensor in one.encoder.model.visual.state_dict().items())
+    with pytest.raises(CirError, match="was dropped"):
+        one.loss(images, texts, valid)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda a: a * 1.01, lambda a: a[:-1], lambda a: a.double(), lambda a: a[:, :-1], lambda a: a * torch.nan],
+)
+def test_anchors_that_are_not_unit_vectors_of_the_batch_are_refused(tiny_model_dir, spoil):
+    one = tuner(tiny_model_dir)
+    images, texts, valid = batch(0)
+    with pytest.raises(CirError, match="text anchors must be"):
+        one.loss(images, spoil(one.encoder.encode_texts(texts)), valid)
