@@ -28,7 +28,7 @@ from jobs.embedding_progress import some_rejects
 from jobs.models import ModelInfo, inspect_model
 from jobs.retrieval import Gallery, GallerySearch, Setting, settings_of
 from jobs.session import check_resources, code_version, connect, say
-from jobs.storage import RunFolder, absolute, check_writable
+from jobs.storage import CHECK_S, RunFolder, absolute, check_writable
 
 if TYPE_CHECKING:
     from jobs.batch_retrieve import BatchRetrieveConfig
@@ -46,7 +46,8 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
     tracking_uri = tracking.resolve_uri(config.tracking_uri)
     tracking.check_server(tracking_uri)
     check_writable(absolute(config.storage_path), "storage_path")
-    uris, store, removed = _inputs(config)
+    with files.patience(CHECK_S):
+        uris, store, removed = _inputs(config)
     choice = choose_encoder(config, store, tracking_uri)
     connect()
     check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))

@@ -28,7 +28,7 @@ from jobs import tracking
 from jobs.config import flat_parameters, public
 from jobs.models import ModelInfo
 from jobs.session import check_resources, code_version, say
-from jobs.storage import RunFolder, absolute, check_writable, steps_done
+from jobs.storage import CHECK_S, RunFolder, absolute, check_writable, steps_done
 from jobs.text_anchors import run_anchors
 from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards, steps_in_memory
 from jobs.training_worker import LoopSettings, MistakesAreFinal, train_worker
@@ -262,7 +262,8 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     tracking.check_server(uri)
     check_writable(absolute(config.storage_path), "storage_path")
     if config.data != SCENES:
-        list_shards(config.data)
+        with files.patience(CHECK_S):
+            list_shards(config.data)
     model = ray.get(checking)
     folder, settings = claimed_folder(config, model)
     result = folder.result()

@@ -1,0 +1,69 @@
+"""When a run that rejects too much stops, what a progress line says, and which ids are refused early."""
+
+import numpy as np
+import pytest
+
+from cir_core.embedding_store import EmbeddingWriter, StoreSpec
+from cir_core.schema import CirError, Reject
+from jobs.embedder import Unit
+from jobs.embedding import check_shard_names
+from jobs.embedding_progress import RejectLimit
+from jobs.progress import describe_stages, stage_shares
+
+SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input")
+
+
+@pytest.fixture
+def output(tmp_path):
+    rejects = [Reject("s.tar", f"k{number}", "unreadable", "HTML") for number in range(3)]
+    EmbeddingWriter(str(tmp_path), SPEC).write_part(0, ["a"], np.float32([[1, 0]]), rejects=rejects)
+    return str(tmp_path)
+
+
+def test_a_count_stops_at_once_and_says_what_was_seen(output):
+    limit = RejectLimit(output, 2, 1.0)
+    limit.count(1, 2, {"unreadable": 2})
+    limit.check()
+    limit.count(0, 1, {"truncated": 1})
+    with pytest.raises(CirError) as caught:
+        limit.check()
+    text = str(caught.value)
+    assert "3 of 4 images cannot be used, more than the 2 allowed" in text
+    assert "unreadable: 2, truncated: 1" in text
+    assert "s.tar k0 (unreadable HTML)" in text
+
+
+def test_a_share_is_judged_from_a_thousand_rows_on_and_at_the_end(output):
+    limit = RejectLimit(output, None, 0.25)
+    limit.count(400, 599)
+    limit.check()
+    limit.count(1, 0)
+    with pytest.raises(CirError, match=r"599 of 1000 .*share of 0\.25"):
+        limit.check()
+    small = RejectLimit(output, None, 0.25)
+    small.count(3, 1)
+    small.check(3, 1)
+    with pytest.raises(CirError, match="2 of 5 images"):
+        small.check(3, 2)
+
+
+def test_no_limit(output):
+    limit = RejectLimit(output, None, 1.0)
+    limit.count(0, 5000)
+    limit.check()
+    limit.check(0, 5000)
+
+
+def test_the_stage_that_takes_longest_is_named():
+    totals = {"stage_read": 1.0, "stage_decode": 6.0, "stage_encode": 2.5, "stage_write": 0.5, "rows": 9.0}
+    assert stage_shares(totals) == {"read": 0.1, "decode": 0.6, "encode": 0.25, "write": 0.05}
+    assert describe_stages(stage_shares(totals)) == (
+        "read 10 %, decode 60 %, encode 25 %, write 5 %: decode is the bottleneck"
+    )
+    assert describe_stages(stage_shares({})) == ""
+
+
+def test_shards_of_one_name_cannot_name_ids():
+    check_shard_names([Unit(0, "s3://b/train/00000.tar"), Unit(1, "s3://b/train/00001.tar")])
+    with pytest.raises(CirError, match="2 shards are named '00000'"):
+        check_shard_names([Unit(0, "s3://b/train/00000.tar"), Unit(1, "s3://b/val/00000.tar")])
