@@ -7,24 +7,32 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # the programs of this folder import each other by their plain names
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "cluster" / "local"))  # the programs of these two folders
+sys.path.insert(0, str(Path(__file__).parent))  # import each other by their plain names
 
-from servers import ProxyServer, S3Server
+from fault_proxy import start_proxy
+from processes import stop
+from s3_server import start_s3
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory):
+def records(tmp_path_factory):
+    """The record of the servers of these tests, in a run folder of their own; all are stopped at the end."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIR_RUN_DIR", str(tmp_path_factory.mktemp("run")))
+        yield found
+        for name in list(found):
+            stop(name, found.pop(name))
+
+
+@pytest.fixture(scope="session")
+def s3(records):
     """A SeaweedFS server with an empty bucket."""
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    yield server
-    server.process.kill()
+    return start_s3(records)
 
 
 @pytest.fixture(scope="session")
-def proxy(tmp_path_factory, s3):
+def proxy(records, s3):
     """A fault proxy in front of it."""
-    server = ProxyServer(tmp_path_factory.mktemp("proxy"), s3.url)
-    server.start()
-    yield server
-    server.process.kill()
+    return start_proxy(records, s3.endpoint)

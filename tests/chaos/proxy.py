@@ -9,7 +9,7 @@ proxy. The control address, a port of its own, so that every path of the proxy b
     POST /plan   {"faults": {"slow_down": 5, "stall": 1}, "rate": 0.2, "seed": 0, "pace": 200000}
                  what to inject from now on; pace: bytes per second of every download, 0 = no limit
     POST /pace   {"pace": 0}    the pace alone
-    GET  /report                what was done since the plan came, as JSON
+    GET  /report                what was done since the plan came, as JSON; bytes downloaded and uploads by path
 
 faults.py says what the kinds are.
 """
@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import socket
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -53,6 +54,8 @@ class FaultProxy:
 
     def __init__(self, upstream: str) -> None:
         self.upstream, self.plan, self.pace = upstream.rstrip("/"), FaultPlan(), 0.0
+        self.downloaded: Counter[str] = Counter()  # bytes by path, also of downloads that broke
+        self.uploads: Counter[str] = Counter()  # whole objects by path, those that the server took
         self.session: aiohttp.ClientSession | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -115,6 +118,9 @@ class FaultProxy:
             fault = None
         body = await request.read() if request.body_exists else None
         async with self._request(request, body) as reply:
+            part_of_more = "uploadId" in request.query
+            if reply.status == 200 and (request.method, part_of_more) in (("PUT", False), ("POST", True)):
+                self.uploads[request.path] += 1
             if fault and (fault.kind == "lost_reply" or (fault.kind == "stall" and request.method != "GET")):
                 await reply.read()
                 self.plan.record(fault)
@@ -135,22 +141,25 @@ class FaultProxy:
             fault = None
         await answer.prepare(request)
         if fault is None:
-            await self._paced(answer, data)
+            await self._paced(answer, data, request.path)
         elif fault.kind == "slow":
             self.plan.record(fault)
             await _trickle(answer, data)
+            self.downloaded[request.path] += len(data)
         else:
             await answer.write(data[: len(data) // 2])
+            self.downloaded[request.path] += len(data) // 2
             self.plan.record(fault)
             await asyncio.sleep(STALL_S if fault.kind == "stall" else 0)
             raise BrokenError(reset=fault.kind != "truncated")
         await answer.write_eof()
         return answer
 
-    async def _paced(self, answer: web.StreamResponse, data: bytes) -> None:
+    async def _paced(self, answer: web.StreamResponse, data: bytes, path: str) -> None:
         for start in range(0, len(data), _PIECE_BYTES):
             piece = data[start : start + _PIECE_BYTES]
             await answer.write(piece)
+            self.downloaded[path] += len(piece)
             if self.pace > 0 and len(data) > _PIECE_BYTES:
                 await asyncio.sleep(len(piece) / self.pace)
 
@@ -162,7 +171,9 @@ class FaultProxy:
         except ValueError as error:
             return web.Response(status=400, text=str(error))
         self.pace = float(value.get("pace", 0.0))
-        return web.json_response(self.plan.report())
+        self.downloaded.clear()
+        self.uploads.clear()
+        return web.json_response({})
 
     async def control_pace(self, request: web.Request) -> web.Response:
         """Take a new pace."""
@@ -170,8 +181,9 @@ class FaultProxy:
         return web.Response()
 
     async def control_report(self, _request: web.Request) -> web.Response:
-        """Say what was done."""
-        return web.json_response(self.plan.report())
+        """Say what was done, and what went through."""
+        traffic = {"downloaded": dict(self.downloaded), "uploads": dict(self.uploads)}
+        return web.json_response({**self.plan.report(), **traffic})
 
 
 def _kept(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
