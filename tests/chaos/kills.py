@@ -68,7 +68,7 @@ def workers(nodes: dict[str, psutil.Process], kind: str) -> list[tuple[str, psut
 
 def _title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline()) if running(process) else ""
+        return " ".join(process.cmdline()).strip() if running(process) else ""
     except psutil.Error:
         return ""
 
