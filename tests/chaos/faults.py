@@ -18,8 +18,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "PUT": (*_EVERY, "reset_in_body", "slow", "stall", "lost_reply"),
     "HEAD": (*_EVERY, "stall", "lost_reply"),
     "DELETE": (*_EVERY, "lost_reply"),
-    # A completed multipart upload cannot be completed twice on every server, so its reply is not lost here.
-    "POST": _EVERY,
+    "POST": (*_EVERY, "lost_reply"),
 }
 """The faults that make sense for each method.
 

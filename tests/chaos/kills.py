@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 from lab import Lab
-from processes import Record, family, kill_now, running
+from processes import Record, end, family, kill_now, running
 
 # Ray puts a title in place of a worker's command line: ray::<task>, or ray::<actor>.<method> while one runs.
 TITLES = {
@@ -37,7 +37,7 @@ class Kill:
 
 def raylets(lab: Lab) -> dict[str, psutil.Process]:
     """Return the living raylets of the cluster by the name of their record."""
-    found = {}
+    found: dict[str, psutil.Process] = {}
     for name, record in lab.state.items():
         if name == "ray" or "head" in record:
             found.update((name, one) for one in family(record) if _is_raylet(one))
@@ -89,14 +89,10 @@ def kill_worker(lab: Lab, kind: str, choose: Callable[[int], int], wanted: Calla
 
 def _end(process: psutil.Process) -> bool:
     """SIGKILL a process; returns whether it was alive and has ended by that."""
-    try:
-        if not running(process):
-            return False
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-    except psutil.NoSuchProcess:
+    if not running(process):
         return False
-    return True
+    end([process], psutil.Process.kill, timeout_s=30)
+    return not running(process)
 
 
 def kill_driver(driver: subprocess.Popen[bytes]) -> Kill | None:
@@ -107,7 +103,7 @@ def kill_driver(driver: subprocess.Popen[bytes]) -> Kill | None:
 
 
 def kill_raylet(lab: Lab) -> Kill | None:
-    """SIGKILL the second node's raylet, see its workers go with it, and let a new node join."""
+    """SIGKILL the second node's raylet, clear away the workers that it leaves behind, and let a new node join."""
     raylet = raylets(lab).get(lab.node)
     if raylet is None:
         return None

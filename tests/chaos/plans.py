@@ -18,8 +18,8 @@ from cir_core.shards import write_tar_shard
 from cir_core.shards.write import RawSample
 
 JOBS = ("embed", "tat_train")
-_SHARD_ROWS = 100  # about 400 kB, which takes 4 s at the pace below
-_PACE = 100_000  # bytes per second of one download while there are kills to come: a kill mostly hits work under way
+_SHARD_ROWS = 100  # about 400 kB, which takes 8 s at the pace below
+_PACE = 50_000  # bytes per second of one download while there are kills to come: a kill mostly hits work under way
 _PROGRESS = {"embed": r"/part-\d+\.parquet$", "tat_train": r"/step-\d+/"}
 _DIRTY: tuple[RawSample, ...] = (
     ("html", b"<html>not found</html>", "jpg", "a page"),

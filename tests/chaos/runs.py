@@ -18,9 +18,7 @@ from lab import Lab
 _MAX_ATTEMPTS = 12
 _TIMEOUT_S = 900.0
 _RATE = 0.12  # share of the requests that get a fault while there are any left
-_SHARE_AFTER_PROGRESS = (
-    0.7  # of the kills wait until work is being done; the others come at any time, also while it starts
-)
+_SHARE_AFTER_PROGRESS = 0.7  # of the kills wait until work is being done; the others also hit a job that starts
 _QUICK = ("decode_worker", "s3_outage", "mlflow_outage")  # a job has not to start anything slow after these
 
 
@@ -44,7 +42,11 @@ class PlannedRun:
 
 @dataclass
 class Outcome:
-    """What happened in a run. traffic: bytes of shards downloaded, and objects uploaded more than once."""
+    """What happened in a run.
+
+    missed: kills that were planned and hit nothing. http: every single fault of the proxy. downloaded: bytes by path.
+    uploads: how often each object was written whole. seconds: from the first start to the last end.
+    """
 
     name: str
     job: str
@@ -107,7 +109,6 @@ class Run:
         return self.outcome
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        self.launched = time.monotonic()
         self.next_at = None
         return self.lab.launch(self.planned.job, self.planned.settings, self.log)
 
