@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from checks import compare_stores, compare_trainings
 from lab import Lab
-from plans import JOBS, Data, make_data, planned_runs, reference_run, top_up
+from plans import RUNS, Data, make_data, planned_runs, reference_run, top_up
 from processes import ROOT
 from report import Campaign
 from runs import Outcome, PlannedRun, Run
@@ -45,7 +45,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--output", type=Path, default=Path(__file__).parent, help="folder for RESULTS.md and RESULTS.json"
     )
     parser.add_argument("--keep", action="store_true", help="keep the logs, and say where they are")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    known = RUNS[options.short]
+    options.only = [name for name in options.only.split(",") if name]
+    if unknown := sorted(set(options.only) - set(known)):
+        parser.error(f"--only {unknown[0]}: no such run; there are {', '.join(known)}")
+    return options
 
 
 def carry_out(lab: Lab, planned: PlannedRun, data: Data) -> Outcome:
@@ -72,34 +77,29 @@ def carry_out(lab: Lab, planned: PlannedRun, data: Data) -> Outcome:
     return outcome
 
 
-def references(lab: Lab, data: Data, jobs: set[str]) -> dict[str, Outcome]:
-    """Run each job without faults."""
-    found = {}
-    for job in JOBS:
-        if job in jobs:
-            found[job] = carry_out(lab, reference_run(data, job), data)
-            if not found[job].recovered:
-                raise RuntimeError(f"{job} fails without any fault: see {lab.home / 'logs'}")
-    return found
+def reference(lab: Lab, job: str, data: Data) -> Outcome:
+    """Run a job without faults; all the rest is compared with this, so it must have every row."""
+    outcome = carry_out(lab, reference_run(data, job), data)
+    rows = data.num_rows(job)
+    if not outcome.recovered or outcome.check.rows != rows:
+        raise SystemExit(
+            f"error: {job} without any fault has {outcome.check.rows} of {rows} rows: {outcome.check.problems}"
+        )
+    return outcome
 
 
-def campaign(options: argparse.Namespace, lab: Lab) -> Campaign:
-    """Start everything, run everything."""
+def carry_out_all(options: argparse.Namespace, lab: Lab, found: Campaign) -> None:
+    """Start everything and run everything; `found` grows with each run."""
     lab.start()
     data = make_data(lab, short=options.short)
-    only = set(filter(None, options.only.split(",")))
-    plan = [run for run in planned_runs(data, options) if not only or run.name in only]
-    if not plan:
-        names = ", ".join(run.name for run in planned_runs(data, options))
-        raise SystemExit(f"error: --only {options.only} names no run; there are {names}")
-    free = references(lab, data, {run.job for run in plan})
-    outcomes = [carry_out(lab, planned, data) for planned in plan]
-    found = Campaign(options.seed, free, outcomes)
-    for number in range(3):
+    for planned in planned_runs(data, options):
+        if planned.job not in found.references:
+            found.references[planned.job] = reference(lab, planned.job, data)
+        found.outcomes.append(carry_out(lab, planned, data))
+    for number in range(0 if options.short or options.only else 3):
         missing = options.faults - found.counts().total()
-        if missing > 0 and not options.short and not only:
-            outcomes.append(carry_out(lab, top_up(data, options.seed, number, missing), data))
-    return found
+        if missing > 0:
+            found.outcomes.append(carry_out(lab, top_up(data, options.seed, number, missing), data))
 
 
 def verdict(options: argparse.Namespace, found: Campaign) -> list[str]:
@@ -115,25 +115,31 @@ def verdict(options: argparse.Namespace, found: Campaign) -> list[str]:
     return wrong
 
 
+def write(folder: Path, found: Campaign) -> None:
+    """Write RESULTS.md and RESULTS.json, and print the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "RESULTS.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    (folder / "RESULTS.md").write_text(found.to_markdown())
+    print(f"\n{found.to_markdown()}", flush=True)
+
+
 def main() -> None:
     """Run the campaign and leave with 0 if everything recovered."""
     options = parse()
     home = Path(tempfile.mkdtemp(prefix="chaos", dir="/tmp"))
     os.environ.setdefault("CIR_RUN_DIR", str(home / "run"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    lab = Lab(home)
+    lab, found = Lab(home), Campaign(options.seed)
     try:
-        found = campaign(options, lab)
+        carry_out_all(options, lab, found)
     finally:
         lab.stop()
         if options.keep:
             print(f"logs: {home}")
         else:
             shutil.rmtree(home, ignore_errors=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "RESULTS.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
-    (options.output / "RESULTS.md").write_text(found.to_markdown())
-    print(f"\n{found.to_markdown()}")
+        if found.outcomes:  # also of a campaign that was broken off
+            write(options.output, found)
     wrong = verdict(options, found)
     print(*[f"FAILED {line}" for line in wrong] or ["everything recovered"], sep="\n")
     sys.exit(1 if wrong else 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_proxy import FaultProxy, start_proxy
-from processes import ROOT, Record, StartError, finish_start, load_state, locked, save_state, stop
+from processes import ROOT, Record, StartError, alive, finish_start, load_state, locked, save_state, stop
 from ray_nodes import start_head, start_node
 from s3_server import S3Server, start_s3, without_others
 
@@ -35,12 +35,23 @@ class Lab:
             self.s3 = start_s3(self.state)
             self.proxy = start_proxy(self.state, self.s3.endpoint)
             os.environ.update(self.s3.environment())  # of this process, which reads results without the proxy
-            start_mlflow(self.state, self.s3)
+            self.start_mlflow()
             # the port that a restarted server takes again
             os.environ["CIR_MLFLOW_PORT"] = self.tracking_uri.rpartition(":")[2]
+            self._start_cluster()
+
+    def _start_cluster(self) -> None:
+        """Start the head and the second node, up to three times: on a loaded machine a head may answer and then give up."""
+        for attempt in range(3):
             start_head(self.state, self.variables(), {"tracking_uri": self.tracking_uri, "s3": self.s3.endpoint})
-            finish_start(self.state, "mlflow")
-            self.start_node()
+            try:
+                self.start_node()
+                return
+            except StartError:
+                if attempt == 2:
+                    raise
+                stop("ray", self.state.pop("ray"))
+                save_state(self.state)
 
     def stop(self) -> None:
         """Stop all servers."""
@@ -62,13 +73,13 @@ class Lab:
         }
 
     def start_node(self) -> None:
-        """Start the second node, up to three times: a loaded machine can be too slow for Ray."""
+        """Start the second node, again while the head lives: a loaded machine can be too slow for Ray."""
         for attempt in range(3):
             try:
                 self.node = start_node(self.state, num_cpus=NODE_CPUS, extra_env=self.variables())
                 return
             except StartError:
-                if attempt == 2:
+                if attempt == 2 or alive(self.state["ray"]) is None:
                     raise
 
     def restart_node(self) -> None:

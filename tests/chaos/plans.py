@@ -17,9 +17,12 @@ from cir_core.scenes import write_pairs
 from cir_core.shards import write_tar_shard
 from cir_core.shards.write import RawSample
 
-JOBS = ("embed", "tat_train")
-_SHARD_ROWS = 100  # about 400 kB, which takes 8 s at the pace below
-_PACE = 50_000  # bytes per second of one download while there are kills to come: a kill mostly hits work under way
+_SHARD_ROWS, _SHARD_BYTES = 100, 400_000
+# Seconds that a kill of a kind keeps a job busy on two cores, the pause before it included.
+_SECONDS = {"decode_worker": 8, "encode_actor": 25, "train_worker": 30, "raylet": 25, "driver": 20, "s3_outage": 30,
+            "mlflow_outage": 25}  # fmt: skip
+_DOWNLOADS = 4  # at once: two encoders with two shards each
+_SLOWEST = 15_000  # bytes per second of a download
 _PROGRESS = {"embed": r"/part-\d+\.parquet$", "tat_train": r"/step-\d+/"}
 _DIRTY: tuple[RawSample, ...] = (
     ("html", b"<html>not found</html>", "jpg", "a page"),
@@ -30,7 +33,7 @@ _DIRTY: tuple[RawSample, ...] = (
 # Of a hundred HTTP faults; the three that take seconds are rarer.
 _WEIGHTS = {"slow_down": 22, "burst": 8, "reset_before": 16, "reset_in_body": 14, "truncated": 14, "lost_reply": 12,
             "slow": 6, "stall": 8}  # fmt: skip
-_KILLS: dict[str, dict[str, int]] = {
+_LONG: dict[str, dict[str, int]] = {
     "embed-http": {},
     "embed-decoders": {"decode_worker": 5},
     "embed-encoders": {"encode_actor": 4},
@@ -44,8 +47,11 @@ _KILLS: dict[str, dict[str, int]] = {
     "tune-workers": {"train_worker": 3},
     "tune-everything": {"train_worker": 1, "raylet": 1, "driver": 1, "s3_outage": 1, "mlflow_outage": 1},
 }  # fmt: skip
-_SHORT_KILLS = {"embed-short": {"decode_worker": 3, "encode_actor": 1}}
+_SHORT: dict[str, dict[str, int]] = {"embed-short": {"decode_worker": 3, "encode_actor": 1}}
+RUNS = {False: _LONG, True: _SHORT}
+"""Runs and their kills by kind: of the whole campaign, and of the short one."""
 _SHORT_HTTP = 16
+_SHARES_WITHOUT_KILLS = 3  # of the HTTP faults, where a run with kills gets one
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,16 @@ class Data:
     """Where shards and results are."""
 
     shards: str
+    num_shards: int
     root: str
 
     def result(self, job: str, name: str) -> str:
         """Return the URI of a run's result: an embedding store, or a tuning run's folder."""
         return f"{self.root}/stores/{name}" if job == "embed" else f"{self.root}/runs/tat_train/{name}"
+
+    def num_rows(self, job: str) -> int:
+        """Return how many rows a job has to account for: embedding lists its rejects, tuning the samples of its steps."""
+        return self.num_shards * _SHARD_ROWS + (len(_DIRTY) if job == "embed" else 0)
 
     def settings(self, job: str, name: str) -> dict[str, Any]:
         """Return the job's command line."""
@@ -78,7 +89,7 @@ def make_data(lab: Lab, *, short: bool) -> Data:
     shards = lab.uri("chaos", "shards")
     write_pairs(shards, num_shards * _SHARD_ROWS, shard_rows=_SHARD_ROWS)
     write_tar_shard(f"{shards}/{num_shards:05d}.tar", _DIRTY)
-    return Data(shards, lab.uri("chaos"))
+    return Data(shards, num_shards, lab.uri("chaos"))
 
 
 def http_faults(number: int, rng: random.Random) -> Counter[str]:
@@ -90,17 +101,20 @@ def http_faults(number: int, rng: random.Random) -> Counter[str]:
 
 def planned_runs(data: Data, options: argparse.Namespace) -> list[PlannedRun]:
     """Return the runs of a campaign: together at least options.faults faults, if all of them can be done."""
-    chosen = _SHORT_KILLS if options.short else _KILLS
+    chosen = RUNS[options.short]
     kills = sum(sum(counts.values()) for counts in chosen.values())
     http = _SHORT_HTTP if options.short else max(options.faults - kills, 0)
     rng = random.Random(options.seed)
     stock = list(http_faults(http, rng).elements())
     rng.shuffle(stock)
+    shares = [name for name, counts in chosen.items() for _ in range(1 if counts else _SHARES_WITHOUT_KILLS)]
     runs = []
-    for number, (name, counts) in enumerate(chosen.items()):
+    for name, counts in chosen.items():
         order = [kind for kind, times in counts.items() for _ in range(times)]
         rng.shuffle(order)
-        runs.append(_run(data, name, order, Counter(stock[number :: len(chosen)]), options.seed))
+        own = [kind for number, kind in enumerate(stock) if shares[number % len(shares)] == name]
+        if not options.only or name in options.only:
+            runs.append(_run(data, name, order, Counter(own), options.seed))
     return runs
 
 
@@ -108,8 +122,14 @@ def _run(data: Data, name: str, kills: Sequence[str], http: Counter[str], seed: 
     job = "embed" if name.startswith("embed") else "tat_train"
     return PlannedRun(
         name=name, job=job, settings=data.settings(job, name), progress=_PROGRESS[job], kills=tuple(kills), http=http,
-        pace=_PACE if kills else 0, seed=seed,
+        pace=_pace(data, kills), seed=seed,
     )  # fmt: skip
+
+
+def _pace(data: Data, kills: Sequence[str]) -> float:
+    """Return the bytes per second of a download with which the data last until all kills are done; 0 = no limit."""
+    seconds = sum(_SECONDS[kind] for kind in kills)
+    return max(data.num_shards * _SHARD_BYTES / _DOWNLOADS / seconds, _SLOWEST) if seconds else 0.0
 
 
 def reference_run(data: Data, job: str) -> PlannedRun:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -39,8 +38,8 @@ class Campaign:
     """All that was done. references: the fault-free outcome of each job, by its name."""
 
     seed: int
-    references: dict[str, Outcome]
-    outcomes: Sequence[Outcome]
+    references: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
 
     def extra_work(self, outcome: Outcome) -> float:
         """Return the share of the shards' bytes that was read again, against the fault-free run."""
