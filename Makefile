@@ -60,3 +60,8 @@ format: install
 # Newest versions that satisfy pyproject.toml.
 pins: install
 	.venv/bin/uv pip compile --quiet --no-header --no-annotate --all-extras --upgrade pyproject.toml -o requirements.txt
+
+# The fault campaign: real jobs, a real cluster, a real S3 server, at least 100 faults; half an hour.
+.PHONY: chaos
+chaos: install
+	$(PY) tests/chaos/campaign.py
