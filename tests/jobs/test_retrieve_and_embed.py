@@ -170,28 +170,28 @@ def vit_b_32(tmp_path_factory):
     return folder
 
 
-def test_vit_b_32_goes_through_all_three_jobs(servers, vit_b_32, benchmark_root, tmp_path):
-    write_pairs(str(tmp_path / "pairs"), 48)
+def test_vit_b_32_goes_through_all_three_jobs(servers, vit_b_32, tmp_path):
+    write_pairs(str(tmp_path / "pairs"), 24)
     model = f"local-dir:{vit_b_32}"
     trained = servers.run(
-        "tat_train", "--data", str(tmp_path / "pairs"), "--model", model, "--global_batch_size", "16",
-        "--gap_samples", "16", "--name", "vit", "--experiment", "vit",
+        "tat_train", "--data", str(tmp_path / "pairs"), "--model", model, "--global_batch_size", "12",
+        "--gap_samples", "8", "--name", "vit", "--experiment", "vit",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-3000:]
     result = json.loads((servers.storage / "tat_train" / "vit" / "result.json").read_text())
     assert result["trainable_fraction"] < 0.005
-    small = tmp_path / "small"
-    write_benchmark(str(small), "test", 7)  # a gallery of 77, more than the deepest metric needs
-    found = servers.run(
-        "batch_retrieve", "--root", str(small), "--select_split", "", "--experiment", "vit", "--alphas", "[0.8]",
-        "--contact_sheet_rows", "3",
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert "adapter of tat_train run vit" in found.stdout
-    assert "after TAT" in found.stdout
     stored = embed(servers, tmp_path / "pairs", tmp_path / "store", vit_b_32, "--adapter", result["adapter_uri"])
     assert stored.returncode == 0, stored.stderr[-3000:]
-    assert EmbeddingStore.open(str(tmp_path / "store")).num_rows == 48
+    ids = EmbeddingStore.open(str(tmp_path / "store")).read_ids()
+    assert len(ids) == 24
+    queries = [{"query_id": "q", "reference": ids[0], "relative_caption": "make it red"}]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    found = servers.run(
+        "batch_retrieve", "--benchmark", "custom", "--queries", str(tmp_path / "queries.jsonl"), "--gallery",
+        str(tmp_path / "store"), "--experiment", "vit", "--k", "5",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "trying that of the newest tat_train run vit" in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from cir_core.encoders import load_encoder
 from cir_core.lora import TatMetadata
-from cir_core.scenes import write_pairs
+from cir_core.scenes import write_benchmark, write_pairs
 from cir_core.shards import write_tar_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -104,6 +104,24 @@ def test_the_same_command_again_is_finished_at_once(servers, pairs, tiny_model_d
     assert again.returncode == 0
     assert "already finished" in again.stdout
     assert Run(servers, "whole").adapter == uninterrupted[0].adapter
+
+
+def test_retrieval_finds_the_newest_adapter(servers, tiny_model_dir, uninterrupted, tmp_path):
+    write_benchmark(str(tmp_path), "test", 7)  # a gallery of 77, more than the deepest metric needs
+    found = servers.run(
+        "batch_retrieve",
+        "--root",
+        str(tmp_path),
+        "--select_split",
+        "",
+        "--alphas",
+        "[0.8]",
+        "--contact_sheet_rows",
+        "3",
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "adapter of tat_train run" in found.stdout
+    assert "after TAT" in found.stdout
 
 
 def test_a_name_with_other_settings_is_refused(servers, pairs, tiny_model_dir, uninterrupted):
