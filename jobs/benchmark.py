@@ -2,9 +2,10 @@
 
     python jobs/benchmark.py --measure '[text_anchors]'                       # a training step with and without cached anchors
     python jobs/benchmark.py --measure '[text_anchors]' --model ViT-B-32 --batch_size 32 --rounds 5
+    python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
-the ratio and its range over the rounds. Needs neither Ray nor MLflow. A model without --pretrained gets random weights:
+the ratio and its range over the rounds. No MLflow; Ray only to embed. A model without --pretrained gets random weights:
 they take the same time.
 """
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, PositiveInt
 
 from cir_core.schema import CirError
+from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
 from jobs.config import JobConfig, parse_config
 from jobs.session import code_version, run, say
 
@@ -38,7 +40,9 @@ class BenchmarkConfig(JobConfig):
     """Settings of a measurement."""
 
     measure: Annotated[list[str], Field(min_length=1)] = Field(
-        ["text_anchors"], description="What to measure: text_anchors (a training step with and without them)."
+        ["text_anchors"],
+        description="What to measure: text_anchors (a training step with and without them), embedding (embed.py, a bare loop "
+        "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data).",
     )
     model: str = Field("scenes-tiny", description="open_clip model name, local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(
@@ -47,6 +51,9 @@ class BenchmarkConfig(JobConfig):
     batch_size: PositiveInt = Field(128, description="Samples per step.")
     rounds: PositiveInt = Field(7, description="Turns of A and B after a first one that is not counted.")
     steps_per_round: PositiveInt = Field(2, description="Steps of a turn.")
+    data: str = Field("", description="Shards to embed; empty: generated JPEG photographs.")
+    images: PositiveInt = Field(1000, description="Photographs to generate.")
+    side: PositiveInt = Field(512, description="Their longer side in pixels.")
     use_gpu: bool = Field(False, description="Measure on the first GPU, in bf16 as training does there.")
 
 
@@ -140,7 +147,11 @@ def measure_text_anchors(config: BenchmarkConfig) -> Comparison:
     return Comparison("Cached text anchors", ("captions through the text tower", "cached anchors"), turns, notes)
 
 
-MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], Comparison]] = {"text_anchors": measure_text_anchors}
+MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str]] = {
+    "text_anchors": lambda config: measure_text_anchors(config).markdown(),
+    "embedding": measure_embedding,
+    "embedding_memory": measure_embedding_memory,
+}
 
 
 def load_model(config: BenchmarkConfig) -> OpenClipEncoder:
@@ -193,7 +204,7 @@ def main() -> None:
     check_names(config.measure)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which the notes name
     for name in config.measure:
-        say(MEASUREMENTS[name](config).markdown())
+        say(MEASUREMENTS[name](config))
     say(surroundings(config))
 
 

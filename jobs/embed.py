@@ -55,6 +55,9 @@ class EmbedConfig(JobConfig):
         description="exact: the pixels that open_clip sees. fast: JPEGs of at least four times the model's size are decoded "
         "at reduced scale, two to six times as fast; levels (0 to 255) differ by less than 1 on average.",
     )
+    unreadable_shards: Literal["stop", "reject"] = Field(
+        "stop", description="A shard that is no shard at all: stop, or go on and list it as one reject."
+    )
     max_rejects: Annotated[int, Field(ge=-1)] = Field(
         -1, description="Stop without committing above this many unusable images; -1 = any number."
     )

@@ -23,9 +23,10 @@ import ray
 import tenacity
 import torch
 
+from cir_core import files
 from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, StoreSpec
 from cir_core.encoders import load_encoder
-from cir_core.schema import Reject
+from cir_core.schema import CirError, Reject
 from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
 from jobs.decoding import Decoded, Picture, decode_images
 from jobs.progress import Meter, StageMetrics
@@ -70,6 +71,7 @@ class EmbedPlan:
     use_gpu: bool
     ids: str = "key"
     decode: str = "exact"
+    unreadable_shards: str = "stop"
     encoder_threads: int = 0
 
     @property
@@ -94,7 +96,12 @@ class _Session:
         elif unit.files is not None:
             yield from read_slice_rows(unit.files, require_caption=False)
         elif not unit.rejects:
-            yield from read_shard(unit.shard, require_caption=False)
+            try:
+                yield from read_shard(unit.shard, require_caption=False)
+            except CirError as error:
+                if self.plan.unreadable_shards == "stop":
+                    raise
+                yield Reject(files.redact(unit.shard), "", "unreadable_shard", str(error))
 
     def row_id(self, row: Row) -> str:
         """Return the id of a row in the store."""

@@ -64,6 +64,7 @@ def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
                 "use_gpu",
                 "ids",
                 "decode",
+                "unreadable_shards",
                 "encoder_threads",
             }
         ),
