@@ -82,6 +82,7 @@ class FaultProxy:
             raise BrokenError(reset=True)
         if request.method == "PUT" and fault.kind == "reset_in_body":
             await self._half_upload(request, fault)
+            return await self._forward(request, None)  # an upload without halves
         return await self._forward(request, fault)
 
     async def _half_upload(self, request: web.Request, fault: Fault) -> None:

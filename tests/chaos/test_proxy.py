@@ -89,6 +89,15 @@ def test_an_upload_survives_one_fault_of_a_kind(kind, direct, through, proxy):
     assert read(direct, f"up-{kind}") == DATA
 
 
+def test_an_upload_that_has_no_half_leaves_the_fault_for_the_next(direct, through, proxy):
+    proxy.plan({"reset_in_body": 1}, rate=1, seed=0)
+    through.create_dir(f"{BUCKET}/no-half")  # a PUT without a body
+    assert (proxy.report()["counts"], proxy.report()["left"]) == ({}, {"reset_in_body": 1})
+    write(through, "half", DATA)
+    assert (proxy.report()["counts"], proxy.report()["left"]) == ({"reset_in_body": 1}, {})
+    assert read(direct, "half") == DATA
+
+
 def test_a_listing_survives_faults(direct, through, proxy):
     for number in range(20):
         write(direct, f"listed/{number:02d}", b"x")
