@@ -270,8 +270,13 @@ def end(processes: list[psutil.Process], signal: Callable[[psutil.Process], None
     deadline = time.monotonic() + timeout_s
     while any(map(running, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
+    reap()
     return len(processes)
+
+
+def reap() -> None:
+    """Take note of servers of this process that have ended, whoever stopped them."""
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
 
 
 def running(process: psutil.Process) -> bool:

@@ -68,4 +68,5 @@ def home(tmp_path, monkeypatch) -> Iterator[Home]:
     yield found
     monkeypatch.setenv("CIR_RUN_DIR", str(found.folder))
     found.command("down")
+    processes.reap()
     shutil.rmtree(short, ignore_errors=True)
