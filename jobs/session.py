@@ -39,9 +39,9 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-# The type's name at the start of an error's text: all that Ray Data compares. Those of Python's subclasses of OSError that
+# The type's name at the start of an error's text: all that Ray Data compares. Those of the subclasses of OSError that
 # a network gives.
-_NETWORK_ERROR = r"^(OSError|BrokenPipeError|Connection\w*Error|TimeoutError)\b"
+_NETWORK_ERROR = r"^(OSError|StorageError|BrokenPipeError|Connection\w*Error|TimeoutError)\b"
 _URI = re.compile(r"\w+://\S+")
 _RESUME = "the same command continues where this one stopped"
 
