@@ -16,7 +16,7 @@ from checks import Check
 from lab import Lab
 
 _MAX_ATTEMPTS = 12
-_TIMEOUT_S = 900.0
+_TIMEOUT_S = 1500.0  # a run takes 1 to 4 minutes on two idle cores
 _RATE = 0.12  # share of the requests that get a fault while there are any left
 _SHARE_AFTER_PROGRESS = 0.7  # of the kills wait until work is being done; the others also hit a job that starts
 _QUICK = ("decode_worker", "s3_outage", "mlflow_outage")  # a job has not to start anything slow after these
