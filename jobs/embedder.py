@@ -22,6 +22,7 @@ import numpy as np
 import ray
 import tenacity
 import torch
+from ray import cloudpickle
 
 from cir_core import files
 from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, StoreSpec
@@ -49,6 +50,17 @@ class Unit:
     files: Slice | None = None
     pictures: tuple[Picture, ...] = ()
     rejects: tuple[Reject, ...] = ()
+
+    def packed(self) -> bytes:
+        """Return the unit as Ray passes objects from one process of a job to another: a value for a column."""
+        data: bytes = cloudpickle.dumps(self)
+        return data
+
+    @staticmethod
+    def unpacked(data: bytes) -> Unit:
+        """Return what `packed` was called on."""
+        unit: Unit = cloudpickle.loads(data)
+        return unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +180,8 @@ class ShardEmbedder:
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Embed the units in `batch`; one row for each: its plan, its PartInfo and why rows were rejected, as JSON."""
-        for number, unit in zip(batch["plan"], batch["unit"], strict=True):
-            session = self._session(int(number))
+        for number, shipped in zip(batch["plan"], batch["unit"], strict=True):
+            session, unit = self._session(int(number)), Unit.unpacked(shipped)
             info = session.writer.finished_part(unit.number)  # by an attempt that died before it could say so
             reasons: Counter[str] = Counter()
             if info is None:

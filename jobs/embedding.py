@@ -158,7 +158,7 @@ def embed_stores(
     for number, (plan, writer) in enumerate(zip(plans, writers, strict=True)):
         done = {} if writer.committed else writer.finished_parts()
         if not writer.committed:
-            todo += [{"plan": number, "unit": unit} for unit in plan.units if unit.number not in done]
+            todo += [{"plan": number, "unit": unit.packed()} for unit in plan.units if unit.number not in done]
             if done:
                 say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
         for part in done.values():

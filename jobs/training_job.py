@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -202,9 +201,9 @@ def report_rejects(folder: RunFolder) -> None:
         return
     reasons: dict[str, int] = {}
     for item in files.list_files(folder.path("rejects")):
-        filesystem, path = files.filesystem(item.uri)
-        for reason in pq.read_table(path, filesystem=filesystem)["reason"].to_pylist():
-            reasons[reason] = reasons.get(reason, 0) + 1
+        with files.open_parquet(item.uri, "rejects") as file:
+            for reason in file.read(["reason"])["reason"].to_pylist():
+                reasons[reason] = reasons.get(reason, 0) + 1
     counts = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
     say(f"left out, see {folder.path('rejects')}: {counts}")
 

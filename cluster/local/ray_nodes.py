@@ -12,12 +12,14 @@ A node is a session of its own in cluster.json (node-1, node-2, ...), so that `d
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import secrets
 import sys
 import urllib.request
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,8 @@ def start_head(state: dict[str, Record], extra_env: Mapping[str, str | None], ab
         found = {"url": url, "address": f"{HOST}:{gcs}", **about}
         try:
             start(state, "ray", command, {**_environment(), **extra_env}, found, ready=f"{url}/api/version")
-            finish_start(state, "ray")
+            # The dashboard answers before the head's own node has joined, and Ray may still give up.
+            finish_start(state, "ray", partial(_has_joined, url))
         except StartError:
             if attempt == 2:
                 raise
@@ -115,10 +118,18 @@ def start_node(
 
 def alive_nodes(head: Mapping[str, Any]) -> set[str]:
     """Return the labels (record "label") of the nodes started here that the head holds to be alive."""
-    url = f"{head['url']}/api/v0/nodes?limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    return {node["labels"][_NODE_LABEL] for node in _listed_nodes(head["url"]) if _NODE_LABEL in (node["labels"] or {})}
+
+
+def _has_joined(dashboard: str) -> bool:
+    return bool(_listed_nodes(dashboard))
+
+
+def _listed_nodes(dashboard: str) -> list[Record]:
+    """Return the nodes that the head holds to be alive; none while it does not answer."""
+    url = f"{dashboard}/api/v0/nodes?limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
     try:
         with urllib.request.urlopen(url, timeout=10) as reply:  # noqa: S310 - our own http:// address
-            listed = json.loads(reply.read())["data"]["result"]["result"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return {node["labels"][_NODE_LABEL] for node in listed if _NODE_LABEL in (node.get("labels") or {})}
+            return list(json.loads(reply.read())["data"]["result"]["result"])
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        return []
