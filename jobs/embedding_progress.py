@@ -68,6 +68,7 @@ class EmbeddingProgress:
 
     def __init__(self, num_units: int, tracker: Tracker | None) -> None:
         self._num_units, self._finished = num_units, 0
+        self._idle_s = 0.0  # before the first rows: encoders start and load the model
         self._live = LiveMetrics(tracker.uri, tracker.run_id, marker="images_per_second") if tracker else None
         self._shards = metrics.Gauge("cir_embed_shards", description="Shards to embed.", tag_keys=("state",))
 
@@ -85,11 +86,17 @@ class EmbeddingProgress:
     def show(self, elapsed_s: float, totals: Mapping[str, float]) -> None:
         """Say how far the run is; called from the reporter's thread."""
         found = {name: totals.get(name, 0.0) for name in ("rows", "rejects", "megabytes")}
+        if not (found["rows"] or found["rejects"] or self._finished):
+            if not self._idle_s:
+                say("encoders are starting and loading the model")
+            self._idle_s = elapsed_s
+            return
+        busy_s = elapsed_s - self._idle_s
         shares = stage_shares(totals)
         row: dict[str, Any] = {
             **found,
-            "images_per_second": found["rows"] / elapsed_s,
-            "megabytes_per_second": found["megabytes"] / elapsed_s,
+            "images_per_second": found["rows"] / busy_s,
+            "megabytes_per_second": found["megabytes"] / busy_s,
             "shards_done": self._finished,
             **{f"time_share/{stage}": share for stage, share in shares.items()},
         }
@@ -98,7 +105,7 @@ class EmbeddingProgress:
         if self._live is not None and totals:
             self._live.log(int(elapsed_s), row)
         left = self._num_units - self._finished
-        eta = f"  ETA {elapsed_s / self._finished * left:.0f} s" if self._finished else ""
+        eta = f"  ETA {busy_s / self._finished * left:.0f} s" if self._finished else ""
         say(
             f"embedded {self._finished}/{self._num_units} shards ({100 * self._finished / self._num_units:.0f} %)  "
             f"{found['rows']:.0f} rows  {row['images_per_second']:.0f} images/s  "
