@@ -1,9 +1,9 @@
 """From the bytes of an image file to uint8 pixels of a fixed size, and from those to a model's input.
 
 Files are hostile: sizes are checked before anything is decoded, and whatever is wrong becomes an
-`ImageError` with one of `IMAGE_ERROR_REASONS`. For JPEG and PNG the pixels are exactly those of open_clip's
-evaluation transform. Decoding is at full scale: a JPEG decoder's own reduction changes the pixels, a little, and is
-done only where it is asked for (`Preprocessing.decode`).
+`ImageError` with one of `IMAGE_ERROR_REASONS`. The pixels are exactly those of open_clip's evaluation transform;
+`preprocess_image` names the exceptions. Decoding is at full scale: a JPEG decoder's own reduction changes the pixels,
+a little, and is done only where it is asked for (`Preprocessing.decode`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ _UPRIGHT = {  # EXIF orientation (tag 0x0112) -> the operation that undoes it
 _SWAPS_SIDES = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 _JPEG_SCALES = (8, 4, 2)
 _FAST_MARGIN = 2  # see Preprocessing
-_RESIZED_AS_THEY_ARE = ("RGB", "L", "RGBA", "LA")  # as open_clip does: converted to RGB after resizing
+_RESIZED_AS_THEY_ARE = ("1", "L", "LA", "La", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB")  # converted after resizing
+_BLACK = {"CMYK": (0, 0, 0, 255), "YCbCr": (0, 128, 128), "LAB": (0, 128, 128)}
 
 
 class ImageError(ValueError):
@@ -134,10 +135,20 @@ def preprocess_image(
 ) -> npt.NDArray[np.uint8]:
     """Decode an image file and return uint8[3, size, size], RGB.
 
-    EXIF orientation is applied, the first frame of an animation is taken, transparency is dropped as by
-    open_clip (`convert("RGB")`), 16-bit grey keeps its high byte, and palettes, 1-bit and CMYK are
-    converted to RGB before resizing. cut: takes a part of the upright picture, such as
-    `cir_core.benchmarks.Crop.cut`. Raises ImageError; emits no warning.
+    As open_clip does it, a picture is resized in its own mode and converted to RGB after that: grey, RGB and both
+    with alpha, CMYK, YCbCr and LAB with the chosen filter, palettes and 1-bit by taking the nearest pixel. Alpha is
+    dropped (`convert("RGB")`), and of an animation the first frame is taken. These differ from open_clip's transform:
+
+    - EXIF orientation is applied.
+    - 16-bit and 32-bit grey keeps the high byte of 16 bits: open_clip makes all above 255 white.
+    - Floating point is refused, for its range is not known: open_clip cuts it to 0..255.
+    - A palette with alpha (PA, in TIFF) is converted first: open_clip averages the indices, and its picture is black.
+    - Grey with premultiplied alpha (La, in TIFF) has the alpha divided out after resizing: open_clip fails.
+    - target_pad is not open_clip's. It pads with what is black in the picture's mode; a palette without black is
+      converted to RGB before padding, and so resized with the chosen filter.
+
+    cut: takes a part of the upright picture, such as `cir_core.benchmarks.Crop.cut`; it is given grey or RGB, perhaps
+    with alpha: other modes are converted before cutting. Raises ImageError; emits no warning.
     """
     if not data:
         raise ImageError("empty")
@@ -148,10 +159,11 @@ def preprocess_image(
     reduction = preprocessing if preprocessing.decode == "fast" and cut is None else None
     picture = _decode(data, max_pixels, reduction)
     if cut is not None:
-        image = cut(picture.image)
+        image = picture.image
+        image = cut(image if image.mode in ("L", "LA", "RGB", "RGBA") else _to_rgb(image))
         picture = _Picture(image, image.size)
     _check_shape(picture.size, preprocessing, max_pixels)
-    pixels = np.asarray(_fit(picture, preprocessing).convert("RGB"))
+    pixels = np.asarray(_to_rgb(_fit(picture, preprocessing)))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -191,7 +203,7 @@ class _Picture:
 
 
 def _decode(data: bytes, max_pixels: int, reduction: Preprocessing | None) -> _Picture:
-    """Open, check the announced size, decode, turn upright and reduce to a mode that resizes well.
+    """Open, check the announced size, decode, turn upright, in a mode that can be resized.
 
     reduction: what for, if the decoder may deliver less than the whole.
     """
@@ -209,8 +221,8 @@ def _decode(data: bytes, max_pixels: int, reduction: Preprocessing | None) -> _P
                 scale = _scale(size, reduction, turned=operation is not None)
                 image.draft(None, (stored[0] // scale, stored[1] // scale))
             image.load()
-            plain = _plain_mode(image)
-            return _Picture(plain.transpose(operation) if operation is not None else plain, size, scale)
+            whole = _resizable(image)
+            return _Picture(whole.transpose(operation) if operation is not None else whole, size, scale)
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -232,16 +244,19 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _plain_mode(image: Image.Image) -> Image.Image:
+def _resizable(image: Image.Image) -> Image.Image:
     if image.mode in _RESIZED_AS_THEY_ARE:
         return image  # no copy: it is loaded, and stays so when its file is closed
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ImageError("unsupported_mode", "floating point pixels; store 8-bit or 16-bit ones")
-    if image.mode in ("P", "PA") and (image.mode == "PA" or "transparency" in image.info):
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")
+    return _to_rgb(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.info.pop("transparency", None)  # Pillow would convert this colour too, which fails for odd ones
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
 def _resized(size: tuple[int, int], target: int) -> tuple[int, int]:
@@ -302,14 +317,30 @@ def _fit(picture: _Picture, preprocessing: Preprocessing) -> Image.Image:
     border = [(outer - inner) / 2 / scale for outer, inner in zip(padded, picture.size, strict=True)]
     start = math.ceil(border[0]), math.ceil(border[1])
     if any(start):
-        canvas = Image.new(image.mode, (image.width + 2 * start[0], image.height + 2 * start[1]))  # all black
-        canvas.paste(image, start)
-        image = canvas
+        image = _pad(image, start)
     corner = start[0] - border[0], start[1] - border[1]
     box = (*corner, corner[0] + padded[0] / scale, corner[1] + padded[1] / scale)
     image = image.resize(resized, resampling, box=box)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, border: tuple[int, int]) -> Image.Image:
+    """Return the picture with black left and right, and above and below."""
+    palette = list[int]()
+    black: int | tuple[int, ...] = _BLACK.get(image.mode, 0)
+    if image.mode == "P":
+        palette = image.getpalette("RGB") or []
+        colours = [tuple(palette[start : start + 3]) for start in range(0, len(palette), 3)]
+        if (0, 0, 0) in colours:
+            black = colours.index((0, 0, 0))
+        else:
+            image = _to_rgb(image)
+    padded = Image.new(image.mode, (image.width + 2 * border[0], image.height + 2 * border[1]), black)
+    if image.mode == "P":
+        padded.putpalette(palette)
+    padded.paste(image, border)
+    return padded
 
 
 def normalize(images_uint8_B3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
