@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+import ray
 from PIL import Image, ImageFilter
 
 from cir_core import files
@@ -159,11 +160,13 @@ class MemoryWatch:
                 self.megabytes.setdefault(name, []).append(value)
 
     def _workers(self) -> Iterator[tuple[str, psutil.Process]]:
+        session = ray.get_runtime_context().get_session_name()
         for process in psutil.process_iter():
             try:
-                title = " ".join(process.cmdline())
+                title, parent = " ".join(process.cmdline()), process.parent()
+                ours = "ray::" in title and parent is not None and session in " ".join(parent.cmdline())
                 for name in self.names:
-                    if "ray::" in title and name in title:
+                    if ours and name in title:
                         yield name, process
             except psutil.Error:
                 continue
