@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -77,18 +79,23 @@ class EmbeddingStore:
     def _rejects_uri(self, part: PartInfo) -> str:
         return files.join(self.uri, "rejects", f"{part.name}.parquet")
 
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, PartInfo]]:
+        """Part number -> global offset of its first row, and the part."""
+        ends = itertools.accumulate((part.num_rows for part in self.parts), initial=0)
+        return {part.index: (offset, part) for offset, part in zip(ends, self.parts, strict=False)}
+
     def _chosen(self, parts: Sequence[int] | None) -> Iterator[tuple[int, PartInfo]]:
-        """Yield the global offset of each chosen part with the part; empty parts are left out."""
-        unknown = set(parts or ()) - set(range(len(self.parts)))
+        """Yield the global offset of each chosen part with the part, in row order; empty parts are left out."""
+        unknown = set(parts or ()) - self._places.keys()
         if unknown:
             raise CirError(
                 f"{files.redact(self.uri)} has parts 0 to {len(self.parts) - 1}; asked for {sorted(unknown)}"
             )
-        offset = 0
-        for part in self.parts:
-            if part.num_rows and (parts is None or part.index in parts):
+        for index in self._places if parts is None else sorted(set(parts)):
+            offset, part = self._places[index]
+            if part.num_rows:
                 yield offset, part
-            offset += part.num_rows
 
     def iter_blocks(
         self, block_rows: int = 65_536, parts: Sequence[int] | None = None, columns: Sequence[str] = ()

@@ -24,8 +24,8 @@ ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"}
 WEB_SCHEMES = frozenset({"http", "https"})
 _MISSING = ("NO_SUCH_BUCKET", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "Bucket does not exist", "not found")
 _REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
-# Answers that the same request will get again; 408 and 429 ask for another try.
-_FINAL = re.compile(r"HTTP status (?!408|429)(3\d\d|4\d\d)|INVALID_PARAMETER|INVALID_URI|METHOD_NOT_ALLOWED")
+# Answers that the same request will get again; 408, 409 (a conflict with another request) and 429 ask for another try.
+_FINAL = re.compile(r"HTTP status (?!408|409|429)(3\d\d|4\d\d)|INVALID_PARAMETER|INVALID_URI|METHOD_NOT_ALLOWED")
 _CLIENTS = ("aiohttp", "botocore", "http", "urllib3")  # libraries under fsspec whose errors are no OSError
 _logger = logging.getLogger("cir_core.files")
 _patience: ContextVar[float] = ContextVar("patience", default=180.0)
