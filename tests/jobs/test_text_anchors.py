@@ -54,6 +54,7 @@ def arguments(pairs, model, name, **changed):
         "log_every_steps": 1,
         "record_samples": "true",
         "lr": 1e-3,
+        "lora_dropout": 0,  # each worker draws its own, so with it two do not equal one
         **changed,
     }
     return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
@@ -84,7 +85,7 @@ def cached(servers, pairs, tiny_model_dir):
 
 
 def test_the_losses_are_those_of_a_run_without_the_cache(servers, pairs, tiny_model_dir, cached):
-    """Dropout is on: it is seeded by the step. Rejects, samples, modality gap and the text tower are the same as well."""
+    """Rejects, samples, modality gap and the text tower are the same as well."""
     done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "plain"))
     assert done.returncode == 0, done.stderr[-3000:]
     plain = Run(servers.storage, "plain")
@@ -108,7 +109,7 @@ def test_the_losses_are_those_of_a_run_without_the_cache(servers, pairs, tiny_mo
     assert any(not np.array_equal(cached.merged[name], base[name]) for name in base)
 
 
-def test_the_store_holds_every_caption_once_and_is_used_again(servers, pairs, tiny_model_dir, cached):
+def test_the_store_holds_every_caption_once_and_two_workers_use_it_again(servers, pairs, tiny_model_dir, cached):
     (folder,) = (servers.storage / "anchors").iterdir()
     store = EmbeddingStore.open(str(folder))
     assert store.verify() == []
@@ -118,10 +119,15 @@ def test_the_store_holds_every_caption_once_and_is_used_again(servers, pairs, ti
     held = [pair for one in blocks for pair in zip(one.ids, one.columns["caption"], strict=True)]
     assert held == wanted
     made = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    again = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "other-seed", cache_text_anchors="true", seed=5))
+    two = {"num_workers": 2, "cpus_per_worker": 0.25}
+    again = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "two", cache_text_anchors="true", **two))
     assert again.returncode == 0, again.stderr[-3000:]
     assert "captions, reused" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == made
+    run = Run(servers.storage, "two")
+    assert {row["num_workers"] for row in run.result["history"]} == {2}
+    assert run.losses() == pytest.approx(cached.losses(), abs=1e-5)
+    assert run.samples == cached.samples
 
 
 def test_a_run_does_not_change_over_to_the_cache(servers, pairs, tiny_model_dir, cached):
