@@ -103,7 +103,7 @@ class AnchorPlan:
 
 
 class CaptionEmbedder:
-    """An actor that turns the captions of shards into parts. Holds a shard's captions and anchors, never its images."""
+    """An actor that turns the captions of shards into parts, batch by batch; it never holds an image."""
 
     def __init__(self, plan: AnchorPlan, num_actors: int) -> None:
         if not plan.use_gpu:
@@ -126,21 +126,18 @@ class CaptionEmbedder:
             CirError: the shard does not hold the samples that were counted.
         """
         index = self.plan.indexes[number]
-        keys: list[str] = []
-        captions: list[str] = []
-        anchors = [np.zeros((0, self.encoder.dim), np.float32)]
         pairs = read_captions(index.shard)
-        while batch := list(itertools.islice(pairs, _BATCH_ROWS)):
-            keys += [key for key, _ in batch]
-            captions += [caption for _, caption in batch]
-            anchors.append(self.encoder.encode_texts([caption for _, caption in batch]).cpu().numpy())
-        if len(keys) != index.num_samples:
-            raise CirError(
-                f"{files.redact(index.shard)} holds {len(keys)} samples where {index.num_samples} were counted: the shard "
-                "was changed meanwhile; run the job again"
-            )
-        self.writer.write_part(number, keys, np.concatenate(anchors), columns={"caption": captions})
-        return len(keys)
+        with self.writer.part(number, columns=["caption"]) as part:
+            while batch := list(itertools.islice(pairs, _BATCH_ROWS)):
+                captions = [caption for _, caption in batch]
+                anchors = self.encoder.encode_texts(captions).cpu().numpy()
+                part.add([key for key, _ in batch], anchors, columns={"caption": captions})
+            if part.num_rows != index.num_samples:
+                raise CirError(
+                    f"{files.redact(index.shard)} holds {part.num_rows} samples where {index.num_samples} were counted: the "
+                    "shard was changed meanwhile; run the job again"
+                )
+        return part.num_rows
 
 
 def make_anchors(
