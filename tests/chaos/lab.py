@@ -31,6 +31,8 @@ class Lab:
 
     def start(self) -> None:
         """Start all servers; `stop` stops them, also after a failure here."""
+        # It comes back on its port after an outage, so not the one that others take meanwhile.
+        os.environ.setdefault("CIR_S3_PORT", "18333")
         with locked():
             self.s3 = start_s3(self.state)
             self.proxy = start_proxy(self.state, self.s3.endpoint)
