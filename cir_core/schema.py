@@ -17,6 +17,10 @@ class CirError(ValueError):
     """A mistake in the input, found before work starts: the message names the thing, what was expected and the way out."""
 
 
+class UnreadableError(CirError):
+    """A file that is there and open to us is not what its name says: no tar, no Parquet, not the columns it needs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A composed query: "find the image that looks like `reference_id`, changed as `relative_caption` says".

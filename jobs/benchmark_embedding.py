@@ -24,6 +24,7 @@ from PIL import Image, ImageFilter
 
 from cir_core import files
 from cir_core.preprocessing import Preprocessing, preprocess_image
+from cir_core.schema import CirError
 from cir_core.shards import Sample, list_shards, read_shard, write_tar_shard
 from jobs.session import connect, say
 
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
     from jobs.benchmark import BenchmarkConfig
     from jobs.embedder import EmbedPlan
 
-SHARD_IMAGES = 100
+_SHARDS = 40  # so that the ends of the first and the last one do not matter
+_FEWEST = 8
 _SAMPLE_S = 0.25
 
 
-def write_photos(folder: str, count: int, *, side: int, first: int = 0) -> None:
+def write_photos(folder: str, count: int, *, side: int) -> None:
     """Write shards of JPEG pictures with the detail of photographs: noise at every scale, and edges. Reused if there."""
-    for start in range(first, count, SHARD_IMAGES):
-        uri = files.join(folder, f"{start // SHARD_IMAGES:05d}.tar")
+    shard_images = max(1, count // _SHARDS)
+    for start in range(0, count, shard_images):
+        uri = files.join(folder, f"{start // shard_images:05d}.tar")
         if not files.exists(uri):
-            numbers = range(start, min(start + SHARD_IMAGES, count))
+            numbers = range(start, min(start + shard_images, count))
             write_tar_shard(uri, ((f"photo{number:08d}", _photo(number, side), "jpg", "a photo") for number in numbers))
 
 
@@ -99,13 +102,21 @@ def decode_only(pool: ProcessPoolExecutor, shards: Sequence[str], preprocessing:
 
 
 def pipeline(plan: EmbedPlan) -> float:
-    """Embed on Ray; return images/s from the end of the first part to the end of the last: starting is timed apart."""
+    """Embed on Ray; return images/s from the end of the second part to that of the last: starting is timed apart.
+
+    Two parts are under way at once, so what is done of a third by then is what is missing of the last but one at the end.
+
+    Raises:
+        CirError: too few shards to measure anything.
+    """
     from jobs.embedding import embed_stores
 
     (store,) = embed_stores([plan], num_encoders=1, max_rejects=0)
     progress = Path(plan.output) / "_progress"
     ends = sorted(((progress / f"{part.name}.json").stat().st_mtime, part.num_rows) for part in store.parts)
-    return sum(rows for _, rows in ends[1:]) / (ends[-1][0] - ends[0][0])
+    if len(ends) < _FEWEST:
+        raise CirError(f"data: {len(ends)} shards; at least {_FEWEST} are needed to measure a rate")
+    return sum(rows for _, rows in ends[2:]) / (ends[-1][0] - ends[1][0])
 
 
 def make_plan(
@@ -154,12 +165,12 @@ class MemoryWatch:
         while not self._ending.wait(_SAMPLE_S):
             self.times.append(time.perf_counter() - self._started)
             found = dict.fromkeys(self.names, 0.0)
-            for name, process in self._workers():
-                found[name] = max(found[name], process.memory_full_info().uss / 1e6)
+            for name, megabytes in self._workers():
+                found[name] = max(found[name], megabytes)
             for name, value in found.items():
                 self.megabytes.setdefault(name, []).append(value)
 
-    def _workers(self) -> Iterator[tuple[str, psutil.Process]]:
+    def _workers(self) -> Iterator[tuple[str, float]]:
         session = ray.get_runtime_context().get_session_name()
         for process in psutil.process_iter():
             try:
@@ -167,7 +178,7 @@ class MemoryWatch:
                 ours = "ray::" in title and parent is not None and session in " ".join(parent.cmdline())
                 for name in self.names:
                     if ours and name in title:
-                        yield name, process
+                        yield name, process.memory_full_info().uss / 1e6
             except psutil.Error:
                 continue
 

@@ -308,7 +308,7 @@ def _limit_rejects(config: BatchRetrieveConfig, run: CatalogueRun, rejects: int)
     if 0 <= config.max_rejects < rejects:
         raise CirError(
             f"{rejects} queries have a reference picture that cannot be used, more than the {config.max_rejects} of "
-            f"--max_rejects: {'; '.join(some_rejects(run.folder))}. Repair them, or allow more"
+            f"--max_rejects: {'; '.join(some_rejects(item.uri for item in files.list_files(files.join(run.folder, 'rejects'))))}. Repair them, or allow more"
         )
 
 

@@ -27,7 +27,7 @@ from ray import cloudpickle
 from cir_core import files
 from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, StoreSpec
 from cir_core.encoders import load_encoder
-from cir_core.schema import CirError, Reject
+from cir_core.schema import Reject, UnreadableError
 from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
 from jobs.decoding import Decoded, Picture, decode_images
 from jobs.progress import Meter, StageMetrics
@@ -110,7 +110,7 @@ class _Session:
         elif not unit.rejects:
             try:
                 yield from read_shard(unit.shard, require_caption=False)
-            except CirError as error:
+            except UnreadableError as error:  # a file that is gone, refused or changed is a matter for a person
                 if self.plan.unreadable_shards == "stop":
                     raise
                 yield Reject(files.redact(unit.shard), "", "unreadable_shard", str(error))

@@ -60,12 +60,10 @@ def find_units(data: str, *, captions: bool = True) -> tuple[list[Unit], str]:
         except CirError:
             raise no_shards from None
     units: list[Unit] = []
+    parquet = next((shard for shard in shards if files.redact(shard).endswith(".parquet")), None)
+    kinds = {"tar": False, "csv": True, "parquet": parquet is not None and is_uri_list(parquet)}  # all as the first one
     for shard in shards:
-        if shard == shards[0] or files.redact(shard).endswith(
-            ".csv"
-        ):  # the rest of the Parquet files is like the first
-            lists = is_uri_list(shard)
-        if lists:
+        if kinds[files.redact(shard).rpartition(".")[2]]:
             cut = cut_uri_list(shard, _FOLDER_ROWS)
             units += [Unit(number, part.shard, part) for number, part in enumerate(cut, start=len(units))]
         else:
@@ -162,31 +160,29 @@ def embed_stores(
             if done:
                 say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
         for part in done.values():
-            limits[number].count(part.num_rows, part.num_rejects)
+            limits[number].count(part)
     if todo:
         _run(plans, todo, min(num_encoders, len(todo)), limits, tracker)
     return [_commit(plan, writer, limit) for plan, writer, limit in zip(plans, writers, limits, strict=True)]
 
 
 def _commit(plan: EmbedPlan, writer: EmbeddingWriter, limit: RejectLimit) -> EmbeddingStore:
-    parts = writer.finished_parts()
-    if not writer.committed:
-        before = parts
-        parts = writer.drop_duplicates(parts)
-        dropped = sum(parts[number].num_rejects - before[number].num_rejects for number in parts)
-        if dropped:
-            say(f"{plan.output}: {dropped} rows have an id that an earlier part has; they are now rejects")
-    rejected = sum(part.num_rejects for part in parts.values())
+    if writer.committed:
+        store = EmbeddingStore.open(plan.output)
+        limit.judge(store.parts)
+        say(f"embedding store {plan.output}: {store.num_rows} rows, {store.manifest.num_rejects} rejects, reused")
+        return store
+    before = writer.finished_parts()
+    if len(before) != len(plan.units):
+        raise RuntimeError(f"{len(plan.units) - len(before)} of {len(plan.units)} parts of {plan.output} are missing")
+    parts = writer.drop_duplicates(before)
+    dropped = sum(parts[number].num_rejects - before[number].num_rejects for number in parts)
+    if dropped:
+        say(f"{plan.output}: {dropped} rows have an id that an earlier part has; they are now rejects")
+    limit.judge(parts.values())
     rows_in = sum(part.num_rows + part.num_rejects for part in parts.values())  # each part was checked when written
-    limit.check(rows_in - rejected, rejected)
-    reused = ", reused" if writer.committed else ""
-    if not writer.committed:
-        if len(parts) != len(plan.units):
-            raise RuntimeError(
-                f"{len(plan.units) - len(parts)} of {len(plan.units)} parts of {plan.output} are missing"
-            )
-        writer.commit(rows_in=rows_in, parts=parts.values(), check_unique_ids=False)
-    say(f"embedding store {plan.output}: {rows_in - rejected} rows, {rejected} rejects{reused}")
+    manifest = writer.commit(rows_in=rows_in, parts=parts.values(), check_unique_ids=False)
+    say(f"embedding store {plan.output}: {manifest.num_rows} rows, {manifest.num_rejects} rejects")
     return EmbeddingStore.open(plan.output)
 
 
@@ -215,7 +211,7 @@ def _run(
             told = json.loads(str(row["told"]))
             part, number = part_info(told["part"]), told["plan"]
             progress.finished_unit()
-            limits[number].count(part.num_rows, part.num_rejects, told["reasons"])
+            limits[number].count(part, told["reasons"])
             limits[number].check()
             if part.num_rows and len(known.setdefault(number, [])) < 2:
                 known[number].append(part)

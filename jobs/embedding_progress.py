@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray.util import metrics
 
 from cir_core import files
+from cir_core.embedding_store import PartInfo
 from cir_core.schema import CirError
 from jobs.progress import describe_stages, stage_shares
 from jobs.session import say
 from jobs.tracking import LiveMetrics, Tracker
 
+_SHOWN = 5  # rejects that a message names
 _ENOUGH_ROWS = 1000  # before a share means anything while the run lasts
 
 
@@ -27,17 +29,25 @@ class RejectLimit:
         self.output, self.max_rejects, self.max_share = output, max_rejects, max_share
         self.rows, self.rejects = 0, 0
         self.reasons: Counter[str] = Counter()
+        self._with_rejects: list[str] = []
 
-    def count(self, rows: int, rejects: int, reasons: Mapping[str, int] | None = None) -> None:
+    def count(self, part: PartInfo, reasons: Mapping[str, int] | None = None) -> None:
         """Take in a finished part."""
-        self.rows, self.rejects = self.rows + rows, self.rejects + rejects
+        self.rows, self.rejects = self.rows + part.num_rows, self.rejects + part.num_rejects
+        if part.num_rejects and len(self._with_rejects) < _SHOWN:
+            self._with_rejects.append(files.join(self.output, "rejects", f"{part.name}.parquet"))
         self.reasons.update(reasons or {})
 
-    def check(self, rows: int | None = None, rejects: int | None = None) -> None:
-        """Raise CirError above the limit; with counts, judge these: they are final."""
-        final = rows is not None and rejects is not None
-        kept, rejected = (rows or 0, rejects or 0) if final else (self.rows, self.rejects)
-        seen = kept + rejected
+    def judge(self, parts: Iterable[PartInfo]) -> None:
+        """Raise CirError if these parts, all of a store's, are above the limit."""
+        self.rows, self.rejects, self._with_rejects = 0, 0, []
+        for part in parts:
+            self.count(part)
+        self.check(final=True)
+
+    def check(self, *, final: bool = False) -> None:
+        """Raise CirError above the limit. final: nothing is to come, so that a share of few rows counts too."""
+        rejected, seen = self.rejects, self.rows + self.rejects
         too_many = self.max_rejects is not None and rejected > self.max_rejects
         too_large = (final or seen >= _ENOUGH_ROWS) and rejected > self.max_share * seen
         if not (too_many or too_large):
@@ -46,21 +56,21 @@ class RejectLimit:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common(5))
         raise CirError(
             f"{rejected} of {seen} images cannot be used, more than the {limit} allowed; {files.redact(self.output)} is "
-            f"not committed. {f'Reasons: {reasons}. ' if reasons else ''}Such as {'; '.join(some_rejects(self.output))}. "
+            f"not used. {f'Reasons: {reasons}. ' if reasons else ''}Such as {'; '.join(some_rejects(self._with_rejects))}. "
             "Repair or remove them at the source, or allow more: what is done stays done"
         )
 
 
-def some_rejects(output: str, limit: int = 5) -> list[str]:
-    """Name some of the rows that a store or a run rejected, with their reasons."""
+def some_rejects(uris: Iterable[str]) -> list[str]:
+    """Name some of the rows in these files of rejects, with their reasons."""
     found: list[str] = []
-    for item in files.list_files(files.join(output, "rejects")):
-        with files.open_parquet(item.uri, "rejects") as file:
+    for uri in uris:
+        with files.open_parquet(uri, "rejects") as file:
             for row in file.read().to_pylist():
                 found.append(f"{row['shard']} {row['key']} ({row['reason']} {row['detail']})")
-        if len(found) >= limit:
+        if len(found) >= _SHOWN:
             break
-    return found[:limit]
+    return found[:_SHOWN]
 
 
 class EmbeddingProgress:

@@ -102,8 +102,8 @@ class Board:
     def tell(self, key: str, found: dict[str, float]) -> None:
         """Take in a unit's counts; the newest replace the older ones."""
         before = self._units.get(key, {})
-        for name, value in found.items():
-            self._total[name] += value - before.get(name, 0.0)
+        for name in before.keys() | found.keys():
+            self._total[name] += found.get(name, 0.0) - before.get(name, 0.0)
         self._units[key] = found
 
     def totals(self) -> dict[str, float]:
@@ -138,8 +138,8 @@ class Reporter:
             ending = self._ending.wait(_SHOW_EVERY_S)
             try:
                 totals = ray.get(self.board.totals.remote(), timeout=5)
-            except ray.exceptions.RayError:  # the board moves to another node, or the job ends
-                totals = {}
+            except ray.exceptions.RayError:  # the board moves to another node
+                continue
             self._show(time.perf_counter() - self._started, totals)
 
 

@@ -59,9 +59,7 @@ class EmbeddingWriter:
         columns: the names of further columns of strings; every part of a store has the same ones.
         Raises CirError if the store was committed, also by another process.
         """
-        self.committed = self.committed or files.exists(self._file("manifest.json"))
-        if self.committed:
-            raise CirError(f"{files.redact(self.uri)} is committed; its parts do not change any more")
+        self._check_not_committed()
         name = part_name(index)
         schema = part_schema(self.spec, columns, caption_embeddings=caption_embeddings)
         with files.open_atomic(self._file(f"{name}.parquet")) as file:
@@ -70,13 +68,21 @@ class EmbeddingWriter:
                 part = PartWriter(name, self.spec, schema, parquet, row_group_rows=self.row_group_rows)
                 yield part
                 part.end()
-            rejects_sha256 = self._write_rejects(name, part.rejects)
+            self._check_not_committed()  # by another driver, while this one embedded
+        rejects_sha256 = self._write_rejects(
+            name, part.rejects
+        )  # after the part: a kill between them undoes the marker
         part.info = PartInfo(
             index, name, part.num_rows, len(part.rejects), sink.sha256, rejects_sha256, sink.size_bytes,
             tuple(schema.names[2:]),
         )  # fmt: skip
         marker = {"identity": self.spec.identity, **asdict(part.info)}
         files.write_json(self._file("_progress", f"{name}.json"), marker)
+
+    def _check_not_committed(self) -> None:
+        self.committed = self.committed or files.exists(self._file("manifest.json"))
+        if self.committed:
+            raise CirError(f"{files.redact(self.uri)} is committed; its parts do not change any more")
 
     def _write_rejects(self, name: str, rejects: Sequence[Reject]) -> str:
         table = pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
@@ -136,9 +142,13 @@ class EmbeddingWriter:
         return {part.index: part for part in sorted(sound, key=lambda part: part.index)}
 
     def _parsed_marker(self, value: Any, uri: str) -> PartInfo:
-        if value["identity"] != self.spec.identity:
+        try:
+            identity, part = value["identity"], part_info(value)
+        except (KeyError, TypeError) as error:
+            raise CirError(f"{files.redact(uri)}: not the marker of a part ({error}); remove it") from None
+        if identity != self.spec.identity:
             raise CirError(f"{files.redact(uri)}: a part of another identity; choose another output folder")
-        return part_info(value)
+        return part
 
     def duplicates(self, parts: Iterable[PartInfo]) -> dict[int, list[tuple[str, int]]]:
         """Return, by part, the (id, part that keeps it) that occur in an earlier one of `parts`."""

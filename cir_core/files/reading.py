@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cir_core.files.access import WEB_SCHEMES, StorageError, attempt, clear_errors, filesystem
 from cir_core.files.uris import is_local, local_path, redact, split
-from cir_core.schema import CirError
+from cir_core.schema import CirError, UnreadableError
 
 RANGE_BYTES = 8 << 20
 """Bytes of one request of a sequential read; two of them are in memory."""
@@ -110,6 +111,7 @@ class _ReadAhead(io.RawIOBase):
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._context = copy_context()  # with the patience of who opened it
         self._chunk, self._used, self._asked = b"", 0, 0
         self._next: Future[bytes] | None = None
         self._ask()
@@ -117,7 +119,7 @@ class _ReadAhead(io.RawIOBase):
     def _ask(self) -> None:
         """Ask for the next range; after the last one of several, check that all were of one file."""
         if self._asked < self._file.size:
-            self._next = self._pool.submit(self._file.read_at, self._asked, RANGE_BYTES)
+            self._next = self._pool.submit(self._context.run, self._file.read_at, self._asked, RANGE_BYTES)
             self._asked += RANGE_BYTES
         else:
             self._next = None
@@ -177,17 +179,19 @@ def open_random(uri: str) -> Iterator[pa.NativeFile]:
 def open_parquet(uri: str, what: str = "file", *, buffer_bytes: int = 0) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file; damage, seen now or while reading, is a CirError "unreadable <what> <uri>".
 
-    buffer_bytes: columns are read in pieces of this size, so that memory does not grow with the row groups; 0 reads the
-        columns of a row group whole, in few requests.
+    buffer_bytes: columns are read in pieces of this size, so that memory does not grow with the row groups; 0 reads a
+        column of a row group in one request.
     """
     with open_random(uri) as raw:
         try:
-            yield pq.ParquetFile(raw, pre_buffer=not (is_local(uri) or buffer_bytes), buffer_size=buffer_bytes)
+            yield pq.ParquetFile(
+                raw, pre_buffer=False, buffer_size=buffer_bytes
+            )  # pre-buffered ranges stay in memory to the end
         except (pa.ArrowInvalid, OSError) as error:
             lasting = isinstance(error, OSError) and not any(mark in str(error) for mark in _PARQUET_FAULTS)
             if isinstance(error, StorageError) or lasting:
                 raise
-            raise CirError(f"unreadable {what} {redact(uri)}: not a sound Parquet file ({error})") from None
+            raise UnreadableError(f"unreadable {what} {redact(uri)}: not a sound Parquet file ({error})") from None
 
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:

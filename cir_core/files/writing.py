@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -9,7 +10,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -80,7 +83,9 @@ def _upload(uri: str, source: BinaryIO) -> None:
         if not single_put:
             opened.move(target, path)
 
-    attempt(uri, once)
+    # In a thread: an interrupt of this one must not end the upload in the middle, which would publish the half.
+    with ThreadPoolExecutor(1, thread_name_prefix="upload") as pool:
+        pool.submit(copy_context().run, attempt, uri, once).result()
 
 
 def write_bytes(uri: str, data: bytes | pa.Buffer) -> None:
@@ -110,7 +115,7 @@ def create_json(uri: str, value: object) -> Any:
     data, parts = _json_bytes(value), split(uri)
     try:
         if is_local(uri):
-            with clear_errors(uri), _local_atomic(local_path(uri), replace=False) as stream:
+            with _local_atomic(local_path(uri), replace=False) as stream:
                 stream.write(data)
         elif parts.scheme == "s3" and not parts.query and "@" not in parts.netloc:
             attempt(uri, lambda: _conditional_put(uri, data))
@@ -118,6 +123,12 @@ def create_json(uri: str, value: object) -> Any:
             write_bytes(uri, data)
     except FileExistsError:
         pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP):  # what a file system without hard links says
+            with clear_errors(uri):
+                raise
+        if not exists(uri):
+            write_bytes(uri, data)
     return read_json(uri)  # also after our own write: an answer may have been lost and the write repeated
 
 

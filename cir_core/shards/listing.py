@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from fnmatch import fnmatchcase
 
 from cir_core import files
@@ -215,7 +216,13 @@ def _missing(names: Sequence[str], *, check_web: bool) -> list[str]:
         present = {file.name for file in files.list_files(folder, recursive=False)}
         absent |= {name for name in inside if _name(name) not in present}
     with ThreadPoolExecutor(_THREADS) as pool:
-        absent |= {name for name, there in zip(probes, pool.map(files.exists, probes), strict=True) if not there}
+        absent |= {
+            name
+            for name, there in zip(
+                probes, pool.map(lambda probe: copy_context().run(files.exists, probe), probes), strict=True
+            )
+            if not there
+        }
     return [name for name in names if name in absent]
 
 

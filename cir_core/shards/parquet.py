@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cir_core import files
 from cir_core.files.access import StorageError
-from cir_core.schema import CirError, Reject
+from cir_core.schema import Reject, UnreadableError
 from cir_core.shards.model import Row, ShardIndex, Slice, sort_rows
 
 KEY_COLUMNS = ("key", "__key__", "id")
@@ -21,6 +21,7 @@ CAPTION_COLUMNS = ("caption", "txt", "text")
 _BYTES_TYPES = ("binary", "large_binary", "binary_view")
 _TEXT_TYPES = ("string", "large_string", "string_view", *_BYTES_TYPES, "null")  # null: a column without one value
 _WHOLE_NUMBERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_BUFFER_BYTES = 8 << 20  # of a column read at a time: row groups may be as large as the file
 _BATCH_ROWS = 64  # decoded at a time; bounds memory inside large row groups
 
 
@@ -42,7 +43,7 @@ class ParquetShard:
 @contextmanager
 def open_parquet(uri: str, *, require_caption: bool) -> Iterator[ParquetShard]:
     """Open a shard; CirError if it is not Parquet, is damaged, or lacks a column, seen now or while reading."""
-    with open_sound(uri, "shard") as file:
+    with open_sound(uri, "shard", buffer_bytes=_BUFFER_BYTES) as file:
         yield _resolve(file, files.redact(uri), require_caption=require_caption)
 
 
@@ -55,7 +56,7 @@ def open_sound(uri: str, what: str, *, buffer_bytes: int = 0) -> Iterator[pq.Par
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        raise CirError(f"unreadable {what} {files.redact(uri)}: not a sound Parquet file ({error})") from None
+        raise UnreadableError(f"unreadable {what} {files.redact(uri)}: not a sound Parquet file ({error})") from None
 
 
 def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> ParquetShard:
@@ -64,10 +65,10 @@ def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> Parqu
     def find(what: str, candidates: tuple[str, ...]) -> str:
         for candidate in candidates:
             if schema.names.count(candidate) > 1:
-                raise CirError(f"unreadable shard {name}: column {candidate} is there twice; rename one of them")
+                raise UnreadableError(f"unreadable shard {name}: column {candidate} is there twice; rename one of them")
             if candidate in schema.names:
                 return candidate
-        raise CirError(
+        raise UnreadableError(
             f"unreadable shard {name}: no {what} column; expected one of {', '.join(candidates)}, "
             f"found {', '.join(schema.names) or 'no column'}"
         )
@@ -75,7 +76,7 @@ def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> Parqu
     def check(column: str, found: pa.DataType, kinds: tuple[str, ...]) -> None:
         value = found.value_type if pa.types.is_dictionary(found) else found
         if str(value) not in kinds:
-            raise CirError(f"unreadable shard {name}: column {column} is {found}, expected {kinds[0]}")
+            raise UnreadableError(f"unreadable shard {name}: column {column} is {found}, expected {kinds[0]}")
 
     key, image = find("key", KEY_COLUMNS), find("image", IMAGE_COLUMNS)
     check(key, schema.field(key).type, (*_TEXT_TYPES, *_WHOLE_NUMBERS))
@@ -86,7 +87,9 @@ def _resolve(file: pq.ParquetFile, name: str, *, require_caption: bool) -> Parqu
     image_type = schema.field(image).type
     if pa.types.is_struct(image_type):  # Hugging Face data sets: struct<bytes, path>
         if image_type.get_field_index("bytes") < 0:
-            raise CirError(f"unreadable shard {name}: column {image} is {image_type}, expected a field 'bytes' in it")
+            raise UnreadableError(
+                f"unreadable shard {name}: column {image} is {image_type}, expected a field 'bytes' in it"
+            )
         image, image_type = f"{image}.bytes", image_type.field("bytes").type
     check(image, image_type, _BYTES_TYPES)
     return ParquetShard(file, key, image, caption)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, cast
 
 from cir_core import files
-from cir_core.schema import CirError
+from cir_core.schema import UnreadableError
 from cir_core.shards.model import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, MAX_SLICE_BYTES, Row, Slice
 
 _BLOCK = 512
@@ -252,7 +252,7 @@ def tar_rows(stream: TarStream, *, load: bool, cut_out: bool = False, name: str 
     except _DamageError as damage:
         reason, detail = damage.args
         if group is None and stream.position <= _BLOCK:
-            raise CirError(f"unreadable shard {name}: not a tar file ({detail}); decompress a .tar.gz") from None
+            raise UnreadableError(f"unreadable shard {name}: not a tar file ({detail}); decompress a .tar.gz") from None
         key, start = (_printable(group.key), group.start) if group is not None else ("", stream.position)
         yield Row(key, start, stream.position, problem=(reason, detail))
 

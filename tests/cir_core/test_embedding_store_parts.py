@@ -61,6 +61,17 @@ def test_a_late_writer_is_refused(tmp_path):
     assert late.commit(rows_in=1) == manifest  # a second driver of the same run
 
 
+def test_a_part_under_way_when_another_driver_commits_is_not_published(tmp_path):
+    late, writer = (EmbeddingWriter(str(tmp_path), SPEC) for _ in range(2))
+    writer.write_part(0, ["a", "b"], unit(2))
+    with pytest.raises(CirError, match="is committed"), late.part(0) as part:
+        part.add(["b"], unit(1))
+        writer.commit(rows_in=2)
+    store = EmbeddingStore.open(str(tmp_path))
+    assert store.read_ids() == ["a", "b"]
+    assert store.verify() == []
+
+
 def test_of_two_commits_one_wins(tmp_path):
     first, second = (EmbeddingWriter(str(tmp_path), SPEC) for _ in range(2))
     first.write_part(0, ["a"], unit(1))
@@ -109,6 +120,18 @@ def test_dropping_duplicates_goes_on_after_a_kill(tmp_path):
     parts = killed.finished_parts()
     killed.drop_duplicates({index: parts[index] for index in (0, 1)})  # the third was not reached
     assert killed.drop_duplicates(killed.finished_parts()) == expected == killed.finished_parts()
+
+
+def test_a_kill_before_the_rejects_are_written_makes_the_part_unfinished(tmp_path, monkeypatch):
+    writer = EmbeddingWriter(str(tmp_path), SPEC)
+    fill(writer)
+    parts = writer.finished_parts()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(EmbeddingWriter, "_write_rejects", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        writer.drop_duplicates(parts)
+    left = writer.finished_parts()
+    assert sorted(left) == [0, 2]  # part 1 is embedded again
+    assert all(left[index] == parts[index] for index in left)
 
 
 @pytest.fixture

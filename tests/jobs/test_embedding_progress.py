@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from cir_core.embedding_store import EmbeddingWriter, StoreSpec
+from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec
 from cir_core.schema import CirError, Reject
 from jobs.embedder import Unit
 from jobs.embedding import check_shard_names
 from jobs.embedding_progress import RejectLimit
-from jobs.progress import describe_stages, stage_shares
+from jobs.progress import Board, describe_stages, stage_shares
 
 SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input")
 
@@ -20,11 +20,15 @@ def output(tmp_path):
     return str(tmp_path)
 
 
+def part(rows, rejects):
+    return PartInfo(0, "part-00000", rows, rejects, "", "", 0, ())
+
+
 def test_a_count_stops_at_once_and_says_what_was_seen(output):
     limit = RejectLimit(output, 2, 1.0)
-    limit.count(1, 2, {"unreadable": 2})
+    limit.count(part(1, 2), {"unreadable": 2})
     limit.check()
-    limit.count(0, 1, {"truncated": 1})
+    limit.count(part(0, 1), {"truncated": 1})
     with pytest.raises(CirError) as caught:
         limit.check()
     text = str(caught.value)
@@ -35,23 +39,31 @@ def test_a_count_stops_at_once_and_says_what_was_seen(output):
 
 def test_a_share_is_judged_from_a_thousand_rows_on_and_at_the_end(output):
     limit = RejectLimit(output, None, 0.25)
-    limit.count(400, 599)
+    limit.count(part(400, 599))
     limit.check()
-    limit.count(1, 0)
+    limit.count(part(1, 0))
     with pytest.raises(CirError, match=r"599 of 1000 .*share of 0\.25"):
         limit.check()
-    small = RejectLimit(output, None, 0.25)
-    small.count(3, 1)
-    small.check(3, 1)
+    limit.judge([part(2, 1), part(1, 0)])
     with pytest.raises(CirError, match="2 of 5 images"):
-        small.check(3, 2)
+        limit.judge([part(3, 2)])
 
 
 def test_no_limit(output):
     limit = RejectLimit(output, None, 1.0)
-    limit.count(0, 5000)
+    limit.count(part(0, 5000))
     limit.check()
-    limit.check(0, 5000)
+    limit.judge([part(0, 5000)])
+
+
+def test_a_unit_that_is_done_again_counts_once():
+    board = Board.__ray_metadata__.modified_class()
+    board.tell("a", {"rows": 500.0, "rejects": 1.0})
+    board.tell("b", {"rows": 7.0})
+    board.tell("a", {"stage_read": 1.0})  # the second attempt has only read so far
+    assert {name: value for name, value in board.totals().items() if value} == {"rows": 7.0, "stage_read": 1.0}
+    board.tell("a", {"stage_read": 2.0, "rows": 500.0})
+    assert board.totals()["rows"] == 507.0
 
 
 def test_the_stage_that_takes_longest_is_named():
