@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import duckdb
 import numpy as np
@@ -64,7 +65,7 @@ def test_a_late_writer_is_refused(tmp_path):
 def test_a_part_under_way_when_another_driver_commits_is_not_published(tmp_path):
     late, writer = (EmbeddingWriter(str(tmp_path), SPEC) for _ in range(2))
     writer.write_part(0, ["a", "b"], unit(2))
-    with pytest.raises(CirError, match="is committed"), late.part(0) as part:
+    with pytest.raises(CirError, match="is committed"), late.part(0) as part:  # noqa: PT012
         part.add(["b"], unit(1))
         writer.commit(rows_in=2)
     store = EmbeddingStore.open(str(tmp_path))
@@ -126,9 +127,10 @@ def test_a_kill_before_the_rejects_are_written_makes_the_part_unfinished(tmp_pat
     writer = EmbeddingWriter(str(tmp_path), SPEC)
     fill(writer)
     parts = writer.finished_parts()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(EmbeddingWriter, "_write_rejects", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        writer.drop_duplicates(parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingWriter, "_write_rejects", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            writer.drop_duplicates(parts)
     left = writer.finished_parts()
     assert sorted(left) == [0, 2]  # part 1 is embedded again
     assert all(left[index] == parts[index] for index in left)
