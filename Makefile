@@ -1,6 +1,8 @@
 # make demo   install, start Ray and MLflow on loopback, run both jobs: minutes on a laptop
-# make test   the whole test suite          make check  format, lint, types, import contracts
+# make test   the tests that CI runs        make check  format, lint, types, import contracts
 # make test-fast                            the part without servers: minutes
+# make test-long                            what CI has no time for: more kills, more real annotations
+# make chaos                                the fault campaign: at least 100 faults, half an hour or more
 # make up / make down                       start the two servers / stop exactly what was started here
 # make s3                                   start an S3 server on loopback, print what to export
 # make demo-s3                              the demo with shards, stores, checkpoints and artifacts in that server
@@ -9,7 +11,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-s3 up down s3 test test-fast check format pins
+.PHONY: help install demo demo-s3 up down s3 test test-fast test-long chaos check format pins
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -42,7 +44,10 @@ down:
 
 test: install
 	$(PY) -m pytest -m "not slow" -n 2
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m "slow and not long"
+
+test-long: install
+	$(PY) -m pytest -m long
 
 test-fast: install
 	$(PY) -m pytest -m "not slow" -n 2
@@ -61,7 +66,5 @@ format: install
 pins: install
 	.venv/bin/uv pip compile --quiet --no-header --no-annotate --all-extras --upgrade pyproject.toml -o requirements.txt
 
-# The fault campaign: real jobs, a real cluster, a real S3 server, at least 100 faults; half an hour.
-.PHONY: chaos
 chaos: install
 	$(PY) tests/chaos/campaign.py

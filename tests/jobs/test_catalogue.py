@@ -158,6 +158,7 @@ def test_the_lists_are_those_of_a_plain_search(servers, shop, many, tiny_model_d
     assert sheet.count('unreadable"') == 0
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_and_ends_the_same(servers, shop, many):
     given = arguments(shop, shop / "queries.parquet", "cut", *PARTS)
     folder = servers.storage / "batch_retrieve" / "cut"

@@ -63,6 +63,7 @@ def test_every_dirty_row_is_kept_or_rejected(servers, dirty, model, tmp_path):
     assert store.manifest.num_rows + store.manifest.num_rejects == rows_in
 
 
+@pytest.mark.long
 def test_a_limit_on_rejects_stops_the_job_and_names_some(servers, dirty, model, tmp_path):
     done = embed(servers, dirty[0], tmp_path / "store", model, "--max_rejects", "3")
     assert done.returncode == 2

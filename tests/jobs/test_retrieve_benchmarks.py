@@ -153,6 +153,7 @@ def test_cirr_test1_becomes_files_for_its_server(servers, annotations, tiny_mode
     assert str(written[0]) in done.stdout
 
 
+@pytest.mark.long
 def test_fashioniq_with_its_real_annotations(servers, annotations, tiny_model_dir, tmp_path):
     shutil.copytree(annotations / "fashioniq", tmp_path, dirs_exist_ok=True)
     for category in ("dress", "toptee"):

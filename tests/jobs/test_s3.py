@@ -69,6 +69,7 @@ def test_embed_reads_and_writes_s3(servers, s3, pairs, tiny_model_dir):
     assert keys(store) == before
 
 
+@pytest.mark.long
 def test_a_run_whose_storage_path_is_in_s3_leaves_nothing_elsewhere(servers, s3, tiny_model_dir, monkeypatch, tmp_path):
     """Generated shards, checkpoints and adapter of tat_train; then the gallery, stores and rankings of batch_retrieve."""
     runs = f"{s3.bucket_uri}/jobs/runs"

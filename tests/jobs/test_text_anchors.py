@@ -162,6 +162,7 @@ def actors():
     return [process for process in found if any(title in " ".join(process.info["cmdline"] or []) for title in titles)]
 
 
+@pytest.mark.long
 def test_kills_while_captions_are_embedded_and_while_training_change_nothing(
     servers, pairs, tiny_model_dir, cached, tmp_path
 ):
