@@ -14,7 +14,7 @@ PY := .venv/bin/python
 .PHONY: help install demo demo-s3 up down s3 test test-fast test-long chaos check format pins
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 install: .venv/.installed
 
