@@ -86,7 +86,7 @@ class Data:
 
 def make_data(lab: Lab, *, short: bool) -> Data:
     """Write the shards, some of them with rows that cannot be used, to the bucket."""
-    num_shards = 10 if short else 48
+    num_shards = 16 if short else 48
     shards = lab.uri("chaos", "shards")
     write_pairs(shards, num_shards * _SHARD_ROWS, shard_rows=_SHARD_ROWS)
     write_tar_shard(f"{shards}/{num_shards:05d}.tar", _DIRTY)
