@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,7 +152,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     with clear_errors(uri):
         try:
             if parts.scheme in ARROW_SCHEMES:
-                opened, root = _arrow_filesystem(f"{parts.scheme}://{_quoted_netloc(parts.netloc)}/{parts.query}")
+                root_uri = f"{parts.scheme}://{_quoted_netloc(parts.netloc)}/{parts.query}"
+                opened, root = _arrow_filesystem(root_uri, _store_settings())
                 return opened, f"{root.rstrip('/')}/{parts.path}".rstrip("/") if parts.path else root
             opened, path = fsspec.core.url_to_fs(uri)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError) as error:
@@ -168,8 +170,15 @@ def _quoted_netloc(netloc: str) -> str:
     return quote(userinfo, safe=":%") + at + host
 
 
+def _store_settings() -> frozenset[tuple[str, str]]:
+    """Return what the environment says of object stores: a client is made from it, and kept only as long as it stands."""
+    return frozenset(
+        (name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))
+    )
+
+
 @lru_cache(maxsize=64)
-def _arrow_filesystem(root_uri: str) -> tuple[pafs.FileSystem, str]:
+def _arrow_filesystem(root_uri: str, settings: frozenset[tuple[str, str]]) -> tuple[pafs.FileSystem, str]:  # noqa: ARG001
     return cast(tuple[pafs.FileSystem, str], pafs.FileSystem.from_uri(root_uri))
 
 

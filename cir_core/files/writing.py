@@ -133,7 +133,8 @@ def create_json(uri: str, value: object) -> Any:
 
 
 def _conditional_put(uri: str, data: bytes) -> None:
-    s3, path = fsspec.core.url_to_fs(uri)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    s3, path = fsspec.core.url_to_fs(uri, endpoint_url=endpoint)  # named, as fsspec's kept clients are told apart by it
     try:
         s3.pipe_file(path, data, mode="create")
     except OSError as error:

@@ -150,6 +150,16 @@ def test_network_failures_stay_os_errors_without_secrets():
     assert not isinstance(caught.value, CirError)
 
 
+def test_a_client_serves_only_the_store_that_the_environment_names(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:18001")
+    first, _ = files.filesystem("s3://bucket/a")
+    again, _ = files.filesystem("s3://bucket/b")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:18002")
+    second, _ = files.filesystem("s3://bucket/a")
+    assert again is first
+    assert second != first
+
+
 def test_object_store_keys_are_literal():
     _, path = files.filesystem("s3://bucket/a b/100%25?region=us-east-1")
     assert path == "bucket/a b/100%25"
