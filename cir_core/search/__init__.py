@@ -10,8 +10,9 @@ rows alone: not on blocks, shards, batches of queries, threads or device. Result
 gallery index). So shards merged by `merge_top_k` equal one search over everything, bit for bit, and so does a
 search that was resumed.
 
-Scanning is fast float32 matrix products with a proven bound on their error; whatever the bound cannot rule
-out is scored by the definition (scan.py). Heavy duplication therefore costs time, never correctness.
+Scanning is fast low-precision matrix products with a proven bound on their error; whatever the bound cannot rule
+out is scored by the definition (compiled_scan.py on a CPU, scan.py elsewhere). Heavy duplication therefore costs time,
+never correctness.
 
 Shapes: Q queries, D embedding dimensions, k results, n rows of a block, K named weight pairs.
 """
@@ -26,30 +27,36 @@ from torch import Tensor
 
 from cir_core.composition import query_weights
 from cir_core.schema import CirError
-from cir_core.search.blocks import Block, GalleryBlocks, as_query_rows, iter_tiles
-from cir_core.search.scan import LinearQueries, Scan, ieee_float32, padded_indices, rank_listed
-from cir_core.search.top_k import BestLists, TopK, merge_top_k
+from cir_core.search.blocks import Block, GalleryBlocks, PreparedGallery, as_query_rows
+from cir_core.search.prepared import prepare_gallery
+from cir_core.search.queries import IndexLists, LinearQueries
+from cir_core.search.read_ahead import read_ahead
+from cir_core.search.single_pass import SubsetRanking, checked_k, gallery_scan, one_pass
+from cir_core.search.top_k import TopK, merge_top_k
 
 __all__ = [
     "Block",
     "GalleryBlocks",
+    "PreparedGallery",
     "TopK",
     "exact_top_k",
     "merge_top_k",
+    "prepare_gallery",
+    "read_ahead",
     "subset_top_k",
     "sweep_top_k",
     "weighted_top_k",
+    "weighted_top_k_with_subsets",
 ]
 
 Key = TypeVar("Key", bound=Hashable)
-IndexLists = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def exact_top_k(queries: Block, gallery_blocks: GalleryBlocks, k: int, *, exclude: IndexLists | None = None) -> TopK:
     """The k gallery rows with the highest inner product with each query; cosine where both have unit norm.
 
     queries: float16, bfloat16 or float32 [Q, D] (Tensor or ndarray), on the device that does the work.
-    gallery_blocks: one [N, D] Tensor or ndarray of these dtypes; or an iterable of such blocks, numbered in
+    gallery_blocks: one [N, D] Tensor or ndarray of these dtypes, or what `prepare_gallery` made of one; or an iterable of such blocks, numbered in
     sequence from 0; or an iterable of (offset, block) pairs in any order, where row i of a block has gallery
     index offset + i.
     exclude: gallery indices kept out of a query's result: int64[Q], int64[Q, m] or Q lists; -1 is none.
@@ -123,28 +130,31 @@ def subset_top_k(
     (another shard may hold it): after merging, a caller who knows the subset compares the lengths.
     """
     queries = _linear(image_queries, text_queries, weights)
-    listed = padded_indices(subsets, queries.num_queries, "subsets", queries.device)
-    best = BestLists(
-        queries.num_keys * queries.num_queries,
-        _checked_k(listed.shape[1] if k is None else k),
-        queries.device,
-    )
-    with ieee_float32(queries.device):
-        for tile in iter_tiles(gallery_blocks, queries.dim, device=queries.device, max_rows=8192):
-            rank_listed(queries, tile, listed, best)
-    return dict(zip(weights, best.split(queries.num_keys), strict=True))
+    own = SubsetRanking(queries, subsets, None if k is None else checked_k(k))
+    one_pass(queries, gallery_blocks, [own])
+    return dict(zip(weights, own.results(), strict=True))
+
+
+def weighted_top_k_with_subsets(
+    image_queries: Block,
+    text_queries: Block,
+    gallery_blocks: GalleryBlocks,
+    weights: Mapping[Key, tuple[Tensor, Tensor]],
+    k: int,
+    exclude: IndexLists | None,
+    subsets: IndexLists,
+) -> tuple[dict[Key, TopK], dict[Key, TopK]]:
+    """`weighted_top_k` and `subset_top_k` in one pass over the gallery."""
+    queries = _linear(image_queries, text_queries, weights)
+    whole, own = gallery_scan(queries, checked_k(k), exclude), SubsetRanking(queries, subsets, None)
+    one_pass(queries, gallery_blocks, [whole, own])
+    return dict(zip(weights, whole.results(), strict=True)), dict(zip(weights, own.results(), strict=True))
 
 
 def _search(queries: LinearQueries, gallery_blocks: GalleryBlocks, k: int, exclude: IndexLists | None) -> list[TopK]:
-    excluded = None
-    if exclude is not None:
-        excluded = padded_indices(exclude, queries.num_queries, "exclude", queries.device)
-    best = BestLists(queries.num_keys * queries.num_queries, _checked_k(k), queries.device)
-    with ieee_float32(queries.device):
-        scan = Scan(queries, best, excluded)
-        for tile in iter_tiles(gallery_blocks, queries.dim, device=queries.device, max_rows=scan.tile_rows):
-            scan.add(tile)
-    return best.split(queries.num_keys)
+    scan = gallery_scan(queries, checked_k(k), exclude)
+    one_pass(queries, gallery_blocks, [scan])
+    return scan.results()
 
 
 def _linear(image: Block, text: Block, weights: Mapping[Key, tuple[Tensor, Tensor]]) -> LinearQueries:
@@ -158,9 +168,3 @@ def _linear(image: Block, text: Block, weights: Mapping[Key, tuple[Tensor, Tenso
             raise CirError(f"weights[{name!r}] must be two tensors [{len(image_QD)}], one weight a query")
         pairs.append(torch.stack(stacked))
     return LinearQueries.checked((image_QD, text_QD.to(image_QD.device)), torch.stack(pairs))
-
-
-def _checked_k(k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise CirError(f"k must be a whole number of at least 1, got {k!r}")
-    return k

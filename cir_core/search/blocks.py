@@ -15,11 +15,57 @@ from torch import Tensor
 from cir_core.schema import CirError
 
 Block = Tensor | npt.NDArray[Any]
-GalleryBlocks = Block | Iterable[Block] | Iterable[tuple[int, Block]]
 
 _TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Products of two norms and a weight (at most 1e12 each) stay far below the float32 maximum of 3.4e38.
 MAX_NORM = 1e12
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 2**14, 2**24  # smaller blocks are gathered, larger ones cut
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PreparedGallery:
+    """Gallery rows made ready to be scanned many times; `prepare_gallery` makes them.
+
+    rows: as they were given, [N, D], for exact scores; may be a memory map. scanned: [N, D], the rows less `centre`
+    (float32[D]), in the dtype that this processor multiplies fastest. stats: float64 [tiles, 3], of every `tile_rows` rows
+    the largest norm of what the cast lost, of the scanned rows, and of the rows.
+    """
+
+    rows: Block
+    scanned: Tensor
+    centre: Tensor
+    stats: npt.NDArray[np.float64]
+    tile_rows: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tile(self, start: int, stop: int) -> tuple[Tensor, tuple[float, ...]]:
+        """Return scanned rows start .. stop - 1 and their stats."""
+        stats = self.stats[start // self.tile_rows : -(-stop // self.tile_rows)].max(0)
+        return self.scanned[start:stop], tuple(float(value) for value in stats)
+
+
+GalleryBlocks = (
+    Block
+    | PreparedGallery
+    | Iterable[Block | PreparedGallery]
+    | Iterable[tuple[int, Block]]
+    | Iterable[tuple[int, PreparedGallery]]
+)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RowBlock:
+    """Gallery rows in memory, [n, D] of a floating dtype on the CPU, contiguous along D.
+
+    indices: int64[n], gallery indices; None where row i has first_index + i. prepared: where `rows` are those of one.
+    """
+
+    rows: Block
+    first_index: int
+    indices: Tensor | None = None
+    prepared: PreparedGallery | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +81,7 @@ class Tile:
 def as_query_rows(queries: Block, name: str) -> Tensor:
     """Queries as a float32 [Q, D] tensor, detached, where they are; CirError for NaN, infinity, anything
     else."""
-    _check_block(queries, name, dim=None)
+    check_block(queries, name, dim=None)
     rows = _to_float32(queries, None)
     bad = ~(torch.linalg.vector_norm(rows, dim=1) <= MAX_NORM)
     if bool(bad.any()):
@@ -43,13 +89,69 @@ def as_query_rows(queries: Block, name: str) -> Tensor:
     return rows
 
 
+def iter_row_blocks(gallery_blocks: GalleryBlocks, dim: int, *, min_rows: int, max_rows: int) -> Iterator[RowBlock]:
+    """Blocks of a gallery on the CPU as they are, without a copy; those below min_rows are gathered to so many first.
+
+    Raises CirError as exact_top_k, but for values: whoever casts the rows checks them.
+    """
+    pending: list[tuple[int, Tensor]] = []
+    num_rows = 0
+    for offset, block in _numbered(gallery_blocks, dim):
+        num_rows += len(block)
+        if isinstance(block, PreparedGallery):
+            yield RowBlock(block.rows, offset, prepared=block)
+        elif len(block) >= min_rows:
+            rows = _with_contiguous_rows(block)
+            for start in range(0, len(rows), max_rows):
+                yield RowBlock(rows[start : start + max_rows], offset + start)
+        elif len(block):
+            # A reader may refill its buffer for the next block, so rows that wait are copied.
+            pending.append((offset, _as_tensor(block).detach().to("cpu", copy=True)))
+            if sum(len(rows) for _, rows in pending) >= min_rows:
+                yield _gathered(pending)
+                pending = []
+    if pending:
+        yield _gathered(pending)
+    if num_rows == 0:
+        raise CirError("the gallery has no rows: there is nothing to search")
+
+
+def indices_of(piece: Tile | RowBlock) -> Tensor:
+    """Gallery indices int64[n] of the rows."""
+    if piece.indices is not None:
+        return piece.indices
+    return torch.arange(piece.first_index, piece.first_index + len(piece.rows))
+
+
+def _gathered(pending: list[tuple[int, Tensor]]) -> RowBlock:
+    if len({rows.dtype for _, rows in pending}) > 1:
+        pending = [(offset, rows.float()) for offset, rows in pending]
+    indices = torch.cat([torch.arange(offset, offset + len(rows)) for offset, rows in pending])
+    return RowBlock(torch.cat([rows for _, rows in pending]), 0, indices)
+
+
+def _with_contiguous_rows(block: Block) -> Block:
+    if isinstance(block, Tensor):
+        block = block.detach().cpu()
+        return block if block.stride(1) == 1 else block.contiguous()
+    return block if block.strides[1] == block.itemsize and block.strides[0] >= 0 else np.ascontiguousarray(block)
+
+
+def not_finite(row: int) -> str:
+    """Return what is said of a gallery row that cannot be searched."""
+    return (
+        f"gallery row {row} holds NaN, infinity or a norm above {MAX_NORM:g}: embeddings must be finite; "
+        "embed that image again or leave it out"
+    )
+
+
 def iter_tiles(gallery_blocks: GalleryBlocks, dim: int, *, device: torch.device, max_rows: int) -> Iterator[Tile]:
     """Tiles of max_rows rows, the last may be smaller, whatever the size of the blocks; CirError as
     exact_top_k."""
     pending: list[tuple[int, Tensor]] = []
     num_pending = num_rows = 0
-    for offset, block in _numbered(gallery_blocks, dim):
-        start = 0
+    for offset, given in _numbered(gallery_blocks, dim):
+        start, block = 0, given.rows if isinstance(given, PreparedGallery) else given
         while start < len(block):
             stop = min(len(block), start + max_rows - num_pending)
             rows = _to_float32(block[start:stop], device)
@@ -74,16 +176,13 @@ def _tile(pieces: list[tuple[int, Tensor]]) -> Tile:
     max_norm = float(norms.max())
     if not max_norm <= MAX_NORM:
         bad = int(indices[(~(norms <= MAX_NORM)).int().argmax()])
-        raise CirError(
-            f"gallery row {bad} holds NaN, infinity or a norm above {MAX_NORM:g}: embeddings must be finite; "
-            "embed that image again or leave it out"
-        )
+        raise CirError(not_finite(bad))
     return Tile(rows, indices, max_norm)
 
 
-def _numbered(gallery_blocks: GalleryBlocks, dim: int) -> Iterator[tuple[int, Block]]:
+def _numbered(gallery_blocks: GalleryBlocks, dim: int) -> Iterator[tuple[int, Block | PreparedGallery]]:
     """Every block, checked, with the gallery index of its first row."""
-    if isinstance(gallery_blocks, Tensor | np.ndarray):
+    if isinstance(gallery_blocks, Tensor | np.ndarray | PreparedGallery):
         gallery_blocks = [gallery_blocks]
     spans: list[tuple[int, int]] = []
     with_offsets: bool | None = None
@@ -94,7 +193,8 @@ def _numbered(gallery_blocks: GalleryBlocks, dim: int) -> Iterator[tuple[int, Bl
             raise CirError(f"gallery block {number}: give an offset with every block or with none")
         with_offsets = paired
         offset, block = item if isinstance(item, tuple) else (next_row, item)
-        _check_block(block, f"gallery block {number}", dim)
+        rows = block.rows if isinstance(block, PreparedGallery) else block
+        check_block(rows, f"gallery block {number}", dim)
         if paired and len(block):
             _claim(spans, int(offset), int(offset) + len(block))
         yield int(offset), block
@@ -112,7 +212,8 @@ def _claim(spans: list[tuple[int, int]], start: int, stop: int) -> None:
     spans.insert(at, (start, stop))
 
 
-def _check_block(block: object, name: str, dim: int | None) -> None:
+def check_block(block: object, name: str, dim: int | None) -> None:
+    """Raise CirError for anything but rows [n, D] of a supported dtype; dim: the D to expect."""
     if isinstance(block, Tensor):
         right_dtype = block.dtype in _TENSOR_DTYPES
     elif isinstance(block, np.ndarray):
@@ -127,10 +228,14 @@ def _check_block(block: object, name: str, dim: int | None) -> None:
 
 
 def _to_float32(block: Block, device: torch.device | None) -> Tensor:
+    return _as_tensor(block).detach().to(device=device, dtype=torch.float32)
+
+
+def _as_tensor(block: Block) -> Tensor:
     if isinstance(block, np.ndarray):
         # Arrow's zero-copy arrays are read-only, which torch.from_numpy warns about; it refuses negative
         # strides.
         if not block.flags.writeable or min(block.strides) < 0:
             block = block.copy()
         block = torch.from_numpy(block)
-    return block.detach().to(device=device, dtype=torch.float32)
+    return block

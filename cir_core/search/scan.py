@@ -18,76 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cir_core.schema import CirError
-from cir_core.search.blocks import MAX_NORM, Tile
-from cir_core.search.top_k import BestLists, pair_dots
+from cir_core.search.blocks import RowBlock, Tile, indices_of
+from cir_core.search.queries import TINY, LinearQueries
+from cir_core.search.top_k import BestLists, TopK, pair_dots
 
 _GROUP = 16  # columns a group maximum stands for: the reduction is 16 times smaller, and few groups survive
 _MAX_PAIRS = 2**20  # candidates held before they are scored: about 30 MiB of indices
 _LOWEST = torch.finfo(torch.float32).min
-# Stands in for norms and products lost to underflow: they are below 1e-19 a component, so below this for D <
-# 1e8.
-_TINY = 1e-15
-
-
-@dataclass(frozen=True, slots=True)
-class LinearQueries:
-    """Q queries under K weightings: score = sum over parts p of weights[key, p, q] * (parts[p][q] . g).
-
-    parts: float32 [Q, D] each; weights: float64 [K, P, Q]; norms: float64 [P, Q].
-    """
-
-    parts: tuple[Tensor, ...]
-    weights: Tensor
-    norms: Tensor
-
-    @classmethod
-    def checked(cls, parts: tuple[Tensor, ...], weights: Tensor) -> LinearQueries:
-        """Check that the parts have one shape and that the weights are usable."""
-        if len({part.shape for part in parts}) != 1:
-            raise CirError(f"image and text queries must share a shape, not {[tuple(part.shape) for part in parts]}")
-        if not bool((weights.abs() <= MAX_NORM).all()):
-            raise CirError(f"composition weights must be finite and at most {MAX_NORM:g}")
-        norms = torch.stack([torch.linalg.vector_norm(part.double(), dim=1) for part in parts])
-        return cls(parts, weights.detach(), norms)
-
-    @property
-    def num_queries(self) -> int:
-        """Q."""
-        return self.parts[0].shape[0]
-
-    @property
-    def num_keys(self) -> int:
-        """K."""
-        return self.weights.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.parts[0].shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parts are, and so where the work is done."""
-        return self.parts[0].device
-
-    def error_scale(self) -> Tensor:
-        """float64 [K, Q]: the error bound E of the module docstring divided by the largest |g|."""
-        n = (self.dim + 8) * 2.0**-24
-        return 1.01 * n / (1 - n) * (self.weights.abs() * (self.norms + _TINY)).sum(1)
-
-    def exact_scores(self, key: int, query: Tensor, dots: Sequence[Tensor]) -> Tensor:
-        """float32[P]: the definition of a score, from float64 dots; the parts are added in order."""
-        total = self.weights[key, 0, query] * dots[0]
-        for part in range(1, len(self.parts)):
-            total = total + self.weights[key, part, query] * dots[part]
-        return total.float()
 
 
 @contextmanager
@@ -106,10 +48,11 @@ def ieee_float32(device: torch.device) -> Iterator[None]:
 
 
 class Scan:
-    """One pass over a gallery, tile by tile, into `best` (list number = key * Q + query)."""
+    """One pass over a gallery, tile by tile, into k best a list (list number = key * Q + query)."""
 
-    def __init__(self, queries: LinearQueries, best: BestLists, excluded: Tensor | None) -> None:
-        self.queries, self.best, self.excluded = queries, best, excluded
+    def __init__(self, queries: LinearQueries, k: int, excluded: Tensor | None) -> None:
+        self.queries, self.excluded = queries, excluded
+        self.best = BestLists(queries.num_keys * queries.num_queries, k, queries.device)
         self.error_scale = queries.error_scale()
         self.weights32 = queries.weights.float()
         self.any_negative = bool((queries.weights < 0).any())
@@ -142,7 +85,7 @@ class Scan:
         found: list[tuple[int, Tensor, Tensor]] = []
         for key in range(self.queries.num_keys):
             weights = self.weights32[key, :, queries]
-            errors = self.error_scale[key, queries] * (tile.max_norm + _TINY)
+            errors = self.error_scale[key, queries] * (tile.max_norm + TINY)
             floor = self._floor(key, queries, errors)
             bound = (weights.clamp(min=0)[:, :, None] * highest).sum(0)
             if self.any_negative:
@@ -157,6 +100,10 @@ class Scan:
             if sum(len(pair[1]) for pair in found) > _MAX_PAIRS or key == self.queries.num_keys - 1:
                 offer_pairs(self.queries, tile, found, queries.start, self.best)
                 found = []
+
+    def results(self) -> list[TopK]:
+        """Return one TopK a key."""
+        return self.best.split(self.queries.num_keys)
 
     def _floor(self, key: int, queries: slice, errors: Tensor) -> Tensor:
         """float32[q]: scanned scores below it cannot enter the list. Finite, so that -inf never passes."""
@@ -202,7 +149,7 @@ def _round_down(x: Tensor) -> Tensor:
 
 def offer_pairs(
     queries: LinearQueries,
-    tile: Tile,
+    tile: Tile | RowBlock,
     found: Sequence[tuple[int, Tensor, Tensor]],
     first_query: int,
     best: BestLists,
@@ -226,12 +173,12 @@ def offer_pairs(
         scores.append(queries.exact_scores(key, first_query + query, [dot[part] for dot in dots]))
         start = part.stop
     columns = torch.cat([column for _, _, column in found])
-    best.offer(torch.cat(lists), torch.cat(scores), tile.indices[columns])
+    best.offer(torch.cat(lists), torch.cat(scores), indices_of(tile)[columns])
 
 
-def rank_listed(queries: LinearQueries, tile: Tile, listed: Tensor, best: BestLists) -> None:
+def rank_listed(queries: LinearQueries, tile: Tile | RowBlock, listed: Tensor, best: BestLists) -> None:
     """Offer every query the rows of this tile that its list [Q, m] names."""
-    query, column = find_listed(listed, tile.indices)
+    query, column = find_listed(listed, indices_of(tile))
     step = _MAX_PAIRS // queries.num_keys + 1
     for pairs in (slice(start, start + step) for start in range(0, len(query), step)):
         found = [(key, query[pairs], column[pairs]) for key in range(queries.num_keys)]
@@ -253,31 +200,3 @@ def _codes_of(pairs: tuple[Tensor, Tensor], queries: slice, num_columns: int) ->
     inside = (query >= queries.start) & (query < queries.stop)
     codes = (query[inside] - queries.start) * num_columns + column[inside]
     return codes if len(codes) else None
-
-
-def padded_indices(lists: object, num_queries: int, name: str, device: torch.device) -> Tensor:
-    """Gallery indices of Q queries as int64[Q, m], m >= 1, -1 where there is none; CirError for anything
-    else."""
-    if isinstance(lists, Tensor):
-        table = lists.reshape(-1, 1) if lists.ndim == 1 else lists
-        integral = not (table.is_floating_point() or table.dtype == torch.bool)
-    else:
-        rows = [list(row) if isinstance(row, Sequence) else [row] for row in lists]  # type: ignore[attr-defined]
-        width = max((len(row) for row in rows), default=1)
-        flat = [index for row in rows for index in row]
-        integral = all(isinstance(index, int) for index in flat)
-        table = torch.tensor([row + [-1] * (width - len(row)) for row in rows] if integral else [], dtype=torch.int64)
-    if not integral or table.ndim != 2 or len(table) != num_queries:
-        raise CirError(
-            f"{name} must be whole numbers, one row of gallery indices for each of the {num_queries} queries"
-        )
-    if table.numel() and int(table.min()) < -1:
-        raise CirError(f"{name} holds the index {int(table.min())}; gallery indices start at 0, and -1 means none")
-    return _without_repeats(table.to(device=device, dtype=torch.int64))
-
-
-def _without_repeats(table: Tensor) -> Tensor:
-    """Each row ascending, a repeated index replaced by -1; at least one column wide."""
-    ordered = torch.nn.functional.pad(table, (0, 1), value=-1).sort(dim=1).values
-    repeated = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
-    return ordered.masked_fill(repeated, -1)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cir_core.schema import CirError
+from cir_core.search import kernels
+from cir_core.search.blocks import Block
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,14 +66,22 @@ def sort_lists(scores: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return scores.gather(1, order), indices.gather(1, order)
 
 
-def pair_dots(left_QD: Tensor, right_GD: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def pair_dots(left_QD: Tensor, right_GD: Block, left: Tensor, right: Tensor) -> Tensor:
     """float64[P]: inner products of rows left[p] and right[p], the products added in an order that D alone
     fixes.
 
     The product of two float32 is exact in float64. Sums halve the width again and again by elementwise
     additions, which IEEE 754 defines to the last bit on every device; a library's sum or matrix product may
-    add in any order.
+    add in any order. The compiled loops do the same additions.
+    left_QD: float32; right_GD: float32, or any supported dtype where the compiled loops are there.
     """
+    if kernels.is_compiled() and left_QD.device.type == "cpu":
+        return kernels.pair_dots(left_QD, kernels.Rows(right_GD), left, right)
+    return torch_pair_dots(left_QD, torch.as_tensor(right_GD), left, right)
+
+
+def torch_pair_dots(left_QD: Tensor, right_GD: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`pair_dots` in torch operations, on any device."""
     out = torch.empty(len(left), dtype=torch.float64, device=left_QD.device)
     elements = 2**17 if left_QD.device.type == "cpu" else 2**24  # 1 MiB of float64 stays in a CPU core's cache
     step = max(1, elements // left_QD.shape[1])

@@ -308,8 +308,9 @@ def test_the_error_bound_holds_and_is_small() -> None:
     assert float(bound.max()) < 5e-5
 
 
-def test_the_scan_scores_few_rows_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_torch_scan_scores_few_rows_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     scored = 0
+    monkeypatch.setattr("cir_core.search.kernels.is_compiled", lambda: False)
 
     def counted(left: torch.Tensor, right: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         nonlocal scored

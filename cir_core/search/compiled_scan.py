@@ -1,0 +1,240 @@
+"""The scan on a CPU with compiled inner loops: products of one matrix call a tile, everything else in kernels.c.
+
+For every tile of rows and batch of queries: cast the rows (bfloat16 where the processor multiplies it fast, else
+float32) less a centre, multiply, and let the loops keep every row whose upper bound reaches the k-th best lower bound
+so far. What is left at the end of a block is scored by the definition. scan.py explains the bounds; here E has three
+terms, of the largest residual of the cast |g - c - g'|, the largest |g'| and the largest |g| of the tile:
+
+    |v . (g - c) - s| <= |v| |g - c - g'| + (|v - v'| + gamma |v'|) |g'| + rounding of the exact score
+
+and a product that is stored in bfloat16 adds at most 2^-9 of itself. Subtracting a centre (a mean of rows) changes
+every score of a query by the same number and makes what is rounded shorter: embeddings of one modality lie in a cone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cir_core.schema import CirError
+from cir_core.search import kernels
+from cir_core.search.blocks import MAX_NORM, RowBlock, not_finite
+from cir_core.search.queries import TINY, LinearQueries
+from cir_core.search.top_k import TopK
+
+_COLUMNS = 256  # queries of one product: 4096 x 256 bfloat16 are 2 MiB, a core's second-level cache
+_TILE_CELLS = 2**21  # elements of a tile's rows: 4 MiB of bfloat16
+_LISTS = 2**14  # (query, weighting) pairs with candidate lists at a time: bounds their memory
+_UNIT = 2.0**-24
+_ROUNDING_16 = 2.0**-9 * 1.01
+
+
+@lru_cache(maxsize=1)
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones: tried once, in milliseconds."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    with torch.no_grad():
+        times = []
+        for dtype in (torch.float32, torch.bfloat16):
+            rows, columns = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 128, dtype=dtype)
+            out = torch.empty(1024, 128, dtype=dtype)
+            best = float("inf")
+            for _ in range(4):
+                started = time.perf_counter()
+                torch.mm(rows, columns, out=out)
+                best = min(best, time.perf_counter() - started)
+            times.append(best)
+    return times[1] < 0.75 * times[0]
+
+
+def scan_dtype() -> torch.dtype:
+    """What rows are cast to for the scan on this processor."""
+    return torch.bfloat16 if fast_bfloat16() else torch.float32
+
+
+def tile_rows(dim: int) -> int:
+    """Rows of a tile."""
+    return max(256, min(4096, _TILE_CELLS // dim // 256 * 256))
+
+
+@dataclass
+class _State:
+    """A batch of queries between blocks."""
+
+    queries: LinearQueries
+    excluded: npt.NDArray[np.int64] | None
+    best_score: npt.NDArray[np.float32]
+    best_index: npt.NDArray[np.int64]
+    products: list[Tensor]  # scanned queries, [D, Q] each
+    scanned64: npt.NDArray[np.float64]  # [P, 3, Q]: norms of the float32 vector, of what its cast lost, of the cast
+    scan_weights: npt.NDArray[np.float64]  # [Q, P, K]
+    num_exact: int = 0
+    fixed: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+class CompiledScan:
+    """One pass over a gallery on the CPU, block by block."""
+
+    def __init__(self, queries: LinearQueries, k: int, excluded: Tensor | None) -> None:
+        self.num_keys, self.k, self.dim = queries.num_keys, k, queries.dim
+        self.dtype = scan_dtype()
+        # With few weightings a product each is cheaper than bounds from shared ones.
+        self.direct = queries.num_keys <= 2
+        self.group = 16 if self.direct else 8
+        self.capacity = max(256, 3 * k)
+        self.tile_rows = tile_rows(queries.dim)
+        step = max(1, _LISTS // queries.num_keys)
+        starts = range(0, queries.num_queries, step)
+        self.states = [self._state(queries.part(slice(at, at + step)), excluded, slice(at, at + step)) for at in starts]
+        self.scratch = torch.empty(self.tile_rows, queries.dim, dtype=self.dtype)
+        width = min(_COLUMNS, queries.num_queries)
+        self.tables = torch.empty(max(2, len(queries.parts)), self.tile_rows, width, dtype=self.dtype)
+
+    @property
+    def num_exact(self) -> int:
+        """Rows scored exactly so far, over all queries."""
+        return sum(state.num_exact for state in self.states)
+
+    def _state(self, queries: LinearQueries, excluded: Tensor | None, rows: slice) -> _State:
+        weights = queries.weights.numpy()
+        parts = torch.stack(queries.parts)
+        if self.direct:  # float32 vectors whose products with a row are the scores, to rounding
+            vectors = [
+                torch.einsum("rq,rqd->qd", queries.weights[key], parts.double()).float()
+                for key in range(queries.num_keys)
+            ]
+            scan_weights = np.broadcast_to(np.eye(self.num_keys), (queries.num_queries, self.num_keys, self.num_keys))
+        else:
+            vectors, scan_weights = list(queries.parts), weights.transpose(2, 1, 0)
+        scanned = [vector.to(self.dtype) for vector in vectors]
+        norms = []
+        for vector, cast in zip(vectors, scanned, strict=True):
+            exact, rounded = vector.double(), cast.double()
+            norms.append(torch.stack([exact.norm(dim=1), (exact - rounded).norm(dim=1), rounded.norm(dim=1)]).numpy())
+        lists = (queries.num_queries, self.num_keys, self.k)
+        state = _State(
+            queries,
+            None if excluded is None else np.ascontiguousarray(np.sort(excluded[rows].numpy(), axis=1)),
+            np.full(lists, -np.inf, np.float32),
+            np.full(lists, -1, np.int64),
+            [cast.T.contiguous() for cast in scanned],
+            np.stack(norms) + TINY,
+            np.ascontiguousarray(scan_weights),
+        )
+        state.fixed = {
+            "scan_weights": state.scan_weights.astype(np.float32),
+            "queries": np.ascontiguousarray(parts.numpy()),
+            "weights": np.ascontiguousarray(weights.transpose(1, 2, 0)),
+            "best_score": state.best_score,
+            "best_index": state.best_index,
+        } | ({} if state.excluded is None else {"excluded": state.excluded})
+        state.fixed["slack_terms"] = self._slack_terms(state)
+        return state
+
+    def _slack_terms(self, state: _State) -> npt.NDArray[np.float32]:
+        n = (
+            2 * (self.dim + 16) * _UNIT
+        )  # twice the bound of float32 sums: matrix units flush and add in their own order
+        gamma = 1.01 * n / (1 - n)
+        whole, lost, kept = (state.scanned64[:, which].T for which in range(3))  # [Q, P]
+        shares = np.abs(state.scan_weights)
+        sums = np.einsum("rqk,rq->qk", np.abs(state.fixed["weights"]), state.queries.norms.numpy() + TINY)
+        terms = [
+            np.einsum("qpk,qp->qk", shares, whole),
+            np.einsum("qpk,qp->qk", shares, lost + (gamma + 8 * _UNIT) * kept),
+            16 * _UNIT * sums,
+        ]
+        return np.ascontiguousarray(np.stack(terms) * 1.000001, dtype=np.float32)
+
+    def add(self, block: RowBlock) -> None:
+        """Search one block of rows on the CPU."""
+        rows = kernels.Rows(block.rows, block.first_index, block.indices)
+        prepared = block.prepared if block.prepared is not None and block.prepared.scanned.dtype == self.dtype else None
+        centre = prepared.centre if prepared else self._centre(block)
+        for state in self.states:
+            batch = self._batch(state, centre)
+            for start in range(0, rows.num_rows, self.tile_rows):
+                stop = min(start + self.tile_rows, rows.num_rows)
+                if prepared:
+                    tile, stats = prepared.tile(start, stop)
+                else:
+                    tile = self.scratch[: stop - start]
+                    stats = cast_checked(rows, start, stop, centre, tile)
+                self._scan(batch, rows, state, tile, start, stats)
+            for piece in batch:
+                kernels.settle_block(piece, rows)
+                state.num_exact += int(piece.arrays["num_exact"].sum())
+
+    def _centre(self, block: RowBlock) -> Tensor:
+        """float32[D]: a mean of rows for bfloat16; zero for float32, whose rounding is small as it is."""
+        return mean_row(block.rows) if self.dtype == torch.bfloat16 else torch.zeros(self.dim)
+
+    def _batch(self, state: _State, centre: Tensor) -> list[kernels.Batch]:
+        """The state's queries in pieces of one product each, with empty lists for a new block."""
+        parts = state.fixed["queries"].astype(np.float64)
+        dots = np.einsum("rqd,d->rq", parts, centre.double().numpy())
+        offsets = np.einsum("rqk,rq->qk", state.fixed["weights"], dots)
+        full = state.best_index[:, :, -1] >= 0
+        bar = np.where(full, state.best_score[:, :, -1] - offsets, -np.inf)
+        bar32 = np.nextafter(bar.astype(np.float32), np.float32(-np.inf))
+        pieces = []
+        for start in range(0, state.queries.num_queries, _COLUMNS):
+            rows = slice(start, start + _COLUMNS)
+            arrays = {
+                name: np.ascontiguousarray(state.fixed[name][:, rows]) for name in ("queries", "weights", "slack_terms")
+            }
+            arrays |= {name: state.fixed[name][rows] for name in ("scan_weights", "best_score", "best_index")}
+            if state.excluded is not None:
+                arrays["excluded"] = state.excluded[rows]
+            arrays |= {"offsets": offsets[rows], "bar": bar32[rows]}
+            pieces.append(
+                kernels.Batch(k=self.k, capacity=self.capacity, direct=self.direct, group=self.group, arrays=arrays)
+            )
+        return pieces
+
+    def _scan(
+        self, batch: list[kernels.Batch], rows: kernels.Rows, state: _State, tile: Tensor, start: int, stats: Any
+    ) -> None:
+        for number, piece in enumerate(batch):
+            columns = slice(number * _COLUMNS, number * _COLUMNS + piece.num_queries)
+            tables = []
+            for table, vectors in zip(self.tables, state.products, strict=False):
+                out = table.view(-1)[: len(tile) * piece.num_queries].view(len(tile), piece.num_queries)
+                tables.append(torch.mm(tile, vectors[:, columns], out=out))
+            rho = _ROUNDING_16 if self.dtype == torch.bfloat16 else 0.0
+            kernels.scan_tile(piece, rows, tables, first_row=start, rho=rho, stats=stats)
+
+    def results(self) -> list[TopK]:
+        """One TopK a key."""
+        scores = np.concatenate([state.best_score for state in self.states])
+        indices = np.concatenate([state.best_index for state in self.states])
+        return [
+            TopK(torch.from_numpy(scores[:, key].copy()), torch.from_numpy(indices[:, key].copy()))
+            for key in range(self.num_keys)
+        ]
+
+
+def mean_row(rows: Tensor | npt.NDArray[Any]) -> Tensor:
+    """float32[D]: the mean of at most 4096 rows from all over a block; zero where it is not finite."""
+    some = rows[:: max(1, len(rows) // 4096)][:4096]
+    mean = (some if isinstance(some, Tensor) else torch.from_numpy(some.astype(np.float32))).float().mean(0)
+    return mean if bool(mean.abs().max() <= MAX_NORM) else torch.zeros_like(mean)
+
+
+def cast_checked(rows: kernels.Rows, start: int, stop: int, centre: Tensor, out: Tensor) -> tuple[float, ...]:
+    """Cast rows for the scan; return the tile's stats, rounded up. CirError for rows that are not finite."""
+    found = kernels.cast_rows(rows, start, stop, centre, out, MAX_NORM)
+    if isinstance(found, int):
+        indices = rows.kept[1]
+        raise CirError(not_finite(rows.c.first_index + found if indices is None else int(indices[found])))
+    residual, scanned, norm = (float(value) * 1.001 + TINY for value in found)
+    # The subtraction of the centre was rounded itself.
+    return (residual + 2 * _UNIT * (residual + scanned) * float(bool(centre.any())), scanned, norm)

@@ -1,0 +1,507 @@
+/* The inner loops of the exact search on a CPU: cast rows for the scan, prune, keep candidates, score them exactly.
+
+   Plain C without Python objects; kernels.py calls it through ctypes, several threads at once on disjoint ranges of
+   queries. The mathematics and the bounds are explained in scan.py. Every number that decides a result is computed in
+   IEEE float64 in a fixed order: compiled with -ffp-contract=off, so that it equals top_k.py's torch code to the bit. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+#define FAST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FAST
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum { MAX_GROUP = 16, MAX_COLUMNS = 1024 };
+
+/* One batch of queries; arrays are C-contiguous. Q queries, K keys (weightings), P scanned products, R parts of the
+   exact score. A list is a (query, key) pair: list = query * K + key. */
+typedef struct {
+  int64_t num_queries, num_keys, num_products, num_parts, k, capacity, dim;
+  int32_t direct;            /* product key * 1: the scan of key j is product j alone */
+  const float *scan_weights; /* [Q, P, K] */
+  const float *slack_terms;  /* [3, Q, K]: times (residual, scanned norm, row norm) of a tile, added up: its error E */
+  const float *queries;      /* [R, Q, dim] */
+  const double *weights;     /* [R, Q, K] */
+  const double *offsets;     /* [Q, K]: what the scan leaves out of the score, the product with the centre */
+  const int64_t *excluded;   /* [Q, num_excluded], rows ascending */
+  int64_t num_excluded;
+  float *bar;                /* [Q, K]: a row whose upper bound is below cannot enter the list */
+  float *slack;              /* [Q, K]: E of the present tile */
+  float *need;               /* [Q, K]: bar - slack, what a scanned score must reach */
+  int32_t *count;            /* [Q, K]: candidates held */
+  float *low, *high;         /* [Q, K, capacity]: bounds of their scores */
+  int32_t *row;              /* [Q, K, capacity]: their rows in the block */
+  float *best_score;         /* [Q, K, k]: exact, in order of (-score, index); -inf and -1 past the end */
+  int64_t *best_index;
+  int64_t *num_exact;        /* [Q]: rows scored exactly, for the log and the tests */
+} Batch;
+
+typedef struct {
+  const void *rows; /* [n, dim] */
+  int32_t dtype;
+  int64_t stride;         /* elements from a row to the next */
+  int64_t first_index;    /* gallery index of row 0 where indices is NULL */
+  const int64_t *indices; /* [n] or NULL */
+} Block;
+
+INLINE float from_half(uint16_t bits) {
+  uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13, out;
+  float value;
+  if (rest < 0x00800000u) { /* subnormal: the magnitude is a small whole number times 2^-24 */
+    value = (float)(bits & 0x7fff) * 0x1p-24f;
+    memcpy(&out, &value, 4);
+    out |= sign;
+  } else {
+    out = sign | (rest + (rest >= 0x0f800000u ? 0x70000000u : 0x38000000u));
+  }
+  memcpy(&value, &out, 4);
+  return value;
+}
+
+INLINE float from_bfloat16(uint16_t bits) {
+  uint32_t out = (uint32_t)bits << 16;
+  float value;
+  memcpy(&value, &out, 4);
+  return value;
+}
+
+INLINE uint16_t to_bfloat16(float value) { /* to nearest, ties to even; finite input */
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INLINE void load_row(float *restrict out, const Block *block, int64_t row, int64_t dim) {
+  if (block->dtype == FLOAT32) {
+    memcpy(out, (const float *)block->rows + row * block->stride, (size_t)dim * 4);
+  } else {
+    const uint16_t *bits = (const uint16_t *)block->rows + row * block->stride;
+    if (block->dtype == FLOAT16)
+      for (int64_t i = 0; i < dim; i++) out[i] = from_half(bits[i]);
+    else
+      for (int64_t i = 0; i < dim; i++) out[i] = from_bfloat16(bits[i]);
+  }
+}
+
+INLINE float sum_of_squares(const float *values, int64_t n) {
+  float sums[16] = {0}, total = 0; /* a vector's worth of independent sums */
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int64_t lane = 0; lane < 16; lane++) sums[lane] += values[i + lane] * values[i + lane];
+  for (; i < n; i++) total += values[i] * values[i];
+  for (int64_t lane = 0; lane < 16; lane++) total += sums[lane];
+  return total;
+}
+
+/* out[i] = rows[i] - centre, in bfloat16 or float32. stats: the largest |row - centre - out|, |out| and |row| of these
+   rows, as computed in float32; returns the first row whose norm is not at most max_norm, or -1. */
+EXPORT FAST int64_t cast_rows(const Block *block, int64_t from, int64_t to, int64_t dim, const float *centre,
+                              void *out, int32_t to_bf16, float max_norm, float *stats) {
+  float row[dim], kept[dim], rest[dim];
+  float residual = stats[0], scanned = stats[1], norm = stats[2];
+  for (int64_t i = 0; i < dim; i++) rest[i] = 0;
+  for (int64_t r = from; r < to; r++) {
+    load_row(row, block, r, dim);
+    float whole = sum_of_squares(row, dim);
+    if (!(sqrtf(whole) <= max_norm)) return r;
+    norm = fmaxf(norm, whole);
+    if (to_bf16) {
+      uint16_t *cells = (uint16_t *)out + (r - from) * dim;
+      for (int64_t i = 0; i < dim; i++) {
+        float value = row[i] - centre[i];
+        uint16_t bits = to_bfloat16(value);
+        cells[i] = bits;
+        kept[i] = from_bfloat16(bits);
+        rest[i] = value - kept[i];
+      }
+    } else {
+      for (int64_t i = 0; i < dim; i++) kept[i] = row[i] - centre[i];
+      memcpy((float *)out + (r - from) * dim, kept, (size_t)dim * 4);
+    }
+    residual = fmaxf(residual, sum_of_squares(rest, dim));
+    scanned = fmaxf(scanned, sum_of_squares(kept, dim));
+  }
+  stats[0] = residual, stats[1] = scanned, stats[2] = norm; /* squares; the caller takes roots */
+  return -1;
+}
+
+/* float64 inner product, added in the order of top_k.pair_dots: the upper half onto the lower, again and again. */
+INLINE double fixed_order_dot(const float *restrict a, const float *restrict b, double *restrict sums, int64_t dim) {
+  for (int64_t i = 0; i < dim; i++) sums[i] = (double)a[i] * (double)b[i];
+  for (int64_t width = dim; width > 1;) {
+    int64_t half = (width + 1) / 2, top = width - half;
+    for (int64_t i = 0; i < top; i++) sums[i] += sums[half + i];
+    width = half;
+  }
+  return sums[0];
+}
+
+EXPORT FAST void pair_dots(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
+                           int64_t num_pairs, int64_t dim, double *out) {
+  float row[dim];
+  double sums[dim];
+  for (int64_t p = 0; p < num_pairs; p++) {
+    load_row(row, block, right[p], dim);
+    out[p] = fixed_order_dot(queries + left[p] * dim, row, sums, dim);
+  }
+}
+
+/* --- lists --------------------------------------------------------------------------------------------------- */
+
+static float kth_largest(float *values, int64_t n, int64_t k) { /* quickselect; reorders values */
+  int64_t from = 0, to = n - 1, place = k - 1;
+  while (from < to) {
+    float pivot = values[(from + to) / 2];
+    int64_t i = from, j = to;
+    while (i <= j) {
+      while (values[i] > pivot) i++;
+      while (values[j] < pivot) j--;
+      if (i <= j) {
+        float other = values[i];
+        values[i++] = values[j];
+        values[j--] = other;
+      }
+    }
+    if (place <= j) to = j;
+    else if (place >= i) from = i;
+    else break;
+  }
+  return values[place];
+}
+
+INLINE void set_need(Batch *b, int64_t list) {
+  /* A finite floor, so that a row without a score (-inf) never passes. */
+  b->need[list] = fmaxf(nextafterf(b->bar[list] - b->slack[list], -INFINITY), -3e38f);
+}
+
+/* Raise the bar to the k-th best lower bound and drop what cannot reach it any more. */
+static void shrink(Batch *b, int64_t list, float *scratch) {
+  float *low = b->low + list * b->capacity, *high = b->high + list * b->capacity;
+  int32_t *row = b->row + list * b->capacity, count = b->count[list], kept = 0;
+  if (count < b->k) return;
+  memcpy(scratch, low, (size_t)count * 4);
+  float bar = kth_largest(scratch, count, b->k);
+  if (bar > b->bar[list]) b->bar[list] = bar;
+  for (int32_t i = 0; i < count; i++)
+    if (high[i] >= b->bar[list]) low[kept] = low[i], high[kept] = high[i], row[kept++] = row[i];
+  b->count[list] = kept;
+  set_need(b, list);
+}
+
+typedef struct {
+  float score;
+  int64_t index;
+} Scored;
+
+static int by_rank(const void *x, const void *y) {
+  const Scored *a = x, *b = y;
+  if (a->score != b->score) return a->score > b->score ? -1 : 1;
+  return (a->index > b->index) - (a->index < b->index);
+}
+
+static int by_value(const void *x, const void *y) {
+  int32_t a = *(const int32_t *)x, b = *(const int32_t *)y;
+  return (a > b) - (a < b);
+}
+
+/* Merge exact candidates into a list's best; merged: room for k. */
+static void merge_best(Batch *b, int64_t list, Scored *found, int64_t count, Scored *merged) {
+  float *scores = b->best_score + list * b->k;
+  int64_t *indices = b->best_index + list * b->k, i = 0, j = 0;
+  qsort(found, (size_t)count, sizeof(Scored), by_rank);
+  for (int64_t n = 0; n < b->k; n++) {
+    Scored held = {scores[i], indices[i]};
+    int take = j < count && (held.index < 0 || by_rank(&found[j], &held) < 0);
+    merged[n] = take ? found[j++] : (i++, held);
+  }
+  for (int64_t n = 0; n < b->k; n++) scores[n] = merged[n].score, indices[n] = merged[n].index;
+  if (indices[b->k - 1] >= 0) {
+    double floor_ = (double)scores[b->k - 1] - b->offsets[list];
+    float bar = nextafterf((float)floor_, -INFINITY);
+    if (bar > b->bar[list]) b->bar[list] = bar;
+  }
+}
+
+/* Score all candidates of a query exactly; a row that several keys want is read once. */
+INLINE int settle(Batch *b, const Block *block, int64_t query) {
+  int64_t K = b->num_keys, dim = b->dim, total = 0, distinct = 0;
+  for (int64_t key = 0; key < K; key++) total += b->count[query * K + key];
+  if (total == 0) return 0;
+  int32_t *rows = malloc((size_t)total * 4);
+  double *dots = malloc((size_t)total * (size_t)b->num_parts * 8);
+  Scored *found = malloc(((size_t)b->capacity + (size_t)b->k) * sizeof(Scored));
+  float row[dim];
+  double sums[dim];
+  if (!rows || !dots || !found) {
+    free(rows), free(dots), free(found);
+    return -1;
+  }
+  total = 0;
+  for (int64_t key = 0; key < K; key++) {
+    int64_t list = query * K + key;
+    memcpy(rows + total, b->row + list * b->capacity, (size_t)b->count[list] * 4);
+    total += b->count[list];
+  }
+  qsort(rows, (size_t)total, 4, by_value);
+  for (int64_t i = 0; i < total; i++) {
+    if (i && rows[i] == rows[i - 1]) continue;
+    load_row(row, block, rows[i], dim);
+    for (int64_t part = 0; part < b->num_parts; part++) {
+      const float *vector = b->queries + (part * b->num_queries + query) * dim;
+      dots[distinct * b->num_parts + part] = fixed_order_dot(vector, row, sums, dim);
+    }
+    rows[distinct++] = rows[i];
+  }
+  b->num_exact[query] += distinct;
+  for (int64_t key = 0; key < K; key++) {
+    int64_t list = query * K + key, count = b->count[list];
+    const int32_t *held = b->row + list * b->capacity;
+    for (int64_t i = 0; i < count; i++) {
+      const int32_t *at = bsearch(&held[i], rows, (size_t)distinct, 4, by_value);
+      const double *dot = dots + (at - rows) * b->num_parts;
+      double score = b->weights[query * K + key] * dot[0];
+      for (int64_t part = 1; part < b->num_parts; part++)
+        score += b->weights[(part * b->num_queries + query) * K + key] * dot[part];
+      found[i].score = (float)score;
+      found[i].index = block->indices ? block->indices[held[i]] : block->first_index + held[i];
+    }
+    merge_best(b, list, found, count, found + b->capacity);
+    b->count[list] = 0;
+    set_need(b, list);
+  }
+  free(rows), free(dots), free(found);
+  return 0;
+}
+
+INLINE int is_excluded(const Batch *b, const Block *block, int64_t query, int64_t row) {
+  const int64_t *listed = b->excluded + query * b->num_excluded;
+  int64_t index = block->indices ? block->indices[row] : block->first_index + row;
+  int64_t from = 0, to = b->num_excluded;
+  while (from < to) {
+    int64_t middle = (from + to) / 2;
+    if (listed[middle] < index) from = middle + 1;
+    else to = middle;
+  }
+  return from < b->num_excluded && listed[from] == index;
+}
+
+/* Take a candidate; 1 where the bars of this query have moved, -1 without memory. */
+INLINE int push(Batch *b, const Block *block, int64_t query, int64_t list, int64_t row, float low, float high,
+                float *scratch) {
+  if (b->num_excluded && is_excluded(b, block, query, row)) return 0;
+  int32_t at = b->count[list]++;
+  b->low[list * b->capacity + at] = nextafterf(low - b->slack[list], -INFINITY);
+  b->high[list * b->capacity + at] = nextafterf(high + b->slack[list], INFINITY);
+  b->row[list * b->capacity + at] = (int32_t)row;
+  if (at + 1 < b->capacity) return 0;
+  shrink(b, list, scratch);
+  if (b->count[list] * 4 > b->capacity * 3 && settle(b, block, query)) return -1; /* near ties fill the list */
+  return 1;
+}
+
+/* --- the scan of a tile ----------------------------------------------------------------------------------------- */
+
+/* bfloat16 bits as int16 in the order of their values. */
+INLINE int16_t ordered(uint16_t bits) { return (int16_t)(bits ^ (((int16_t)bits >> 15) & 0x7fff)); }
+INLINE float unordered(int16_t key) { return from_bfloat16((uint16_t)(key ^ ((key >> 15) & 0x7fff))); }
+
+INLINE int16_t least_key(float need, float rho) { /* the smallest bfloat16 value s with s + rho |s| >= need */
+  float value = need >= 0 ? need / (1 + rho) : need / (1 - rho);
+  uint32_t bits;
+  value = nextafterf(value, -INFINITY);
+  memcpy(&bits, &value, 4);
+  uint16_t high = (uint16_t)(bits >> 16); /* cut: towards zero, so up where negative, down where positive */
+  return (int16_t)(ordered(high) - (value < 0 ? 1 : 0));
+}
+
+typedef struct {
+  Batch *batch;
+  const Block *block;
+  const void **products; /* P of [rows, ld]: bfloat16 or float32; column = query */
+  int64_t ld, num_rows, first_row;
+  int64_t group;
+  float rho; /* relative rounding of a product where it is bfloat16, else 0 */
+  float stats[3];
+} Tile;
+
+INLINE void begin_tile(Batch *b, const float *stats, int64_t from, int64_t to) {
+  int64_t size = b->num_queries * b->num_keys;
+  for (int64_t list = from * b->num_keys; list < to * b->num_keys; list++) {
+    const float *terms = b->slack_terms + list;
+    float slack = 1.0001f * (terms[0] * stats[0] + terms[size] * stats[1] + terms[2 * size] * stats[2]);
+    b->slack[list] = slack;
+    set_need(b, list);
+  }
+}
+
+/* One product is one key: groups of rows fall to one comparison of their maximum, for all queries at once. */
+INLINE int scan_direct(const Tile *t, int64_t key, int64_t from, int64_t to, float *scratch, int bf16) {
+  Batch *b = t->batch;
+  int64_t K = b->num_keys;
+  int16_t high16[MAX_COLUMNS], need16[MAX_COLUMNS];
+  float high32[MAX_COLUMNS];
+  uint8_t hit[MAX_COLUMNS + 8];
+  int64_t n = to - from;
+  const uint16_t *cells16 = (const uint16_t *)t->products[key] + from;
+  const float *cells32 = (const float *)t->products[key] + from;
+  memset(hit, 0, sizeof(hit));
+  if (bf16)
+    for (int64_t c = 0; c < n; c++) need16[c] = least_key(b->need[(from + c) * K + key], t->rho);
+  for (int64_t start = 0; start < t->num_rows; start += t->group) {
+    int64_t stop = start + t->group < t->num_rows ? start + t->group : t->num_rows;
+    if (bf16) {
+      const uint16_t *line = cells16 + start * t->ld;
+      for (int64_t c = 0; c < n; c++) high16[c] = ordered(line[c]);
+      for (int64_t r = start + 1; r < stop; r++) {
+        line = cells16 + r * t->ld;
+        for (int64_t c = 0; c < n; c++) {
+          int16_t value = ordered(line[c]);
+          high16[c] = value > high16[c] ? value : high16[c];
+        }
+      }
+      for (int64_t c = 0; c < n; c++) hit[c] = high16[c] >= need16[c];
+    } else {
+      const float *line = cells32 + start * t->ld;
+      for (int64_t c = 0; c < n; c++) high32[c] = line[c];
+      for (int64_t r = start + 1; r < stop; r++) {
+        line = cells32 + r * t->ld;
+        for (int64_t c = 0; c < n; c++) high32[c] = line[c] > high32[c] ? line[c] : high32[c];
+      }
+      for (int64_t c = 0; c < n; c++) hit[c] = high32[c] >= b->need[(from + c) * K + key];
+    }
+    for (int64_t base = 0; base < n; base += 8) {
+      uint64_t eight;
+      memcpy(&eight, hit + base, 8);
+      if (!eight) continue;
+      for (int64_t c = base; c < base + 8; c++) {
+        if (!hit[c]) continue;
+        int64_t query = from + c, list = query * K + key;
+        for (int64_t r = start; r < stop; r++) {
+          float value = bf16 ? from_bfloat16(cells16[r * t->ld + c]) : cells32[r * t->ld + c];
+          float width = t->rho * fabsf(value);
+          if (!(value + width >= b->need[list])) continue;
+          int moved = push(b, t->block, query, list, t->first_row + r, value - width, value + width, scratch);
+          if (moved < 0) return -1;
+          if (moved && bf16) need16[c] = least_key(b->need[list], t->rho);
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+/* Several keys share the products: the maxima (and minima) of both bound every key's scores in a group of rows. */
+INLINE int scan_weighted(const Tile *t, int64_t from, int64_t to, float *scratch, int bf16) {
+  Batch *b = t->batch;
+  int64_t K = b->num_keys, P = b->num_products;
+  float high[P][MAX_COLUMNS], low[P][MAX_COLUMNS];
+  float sums[K], lows[K];
+  for (int64_t start = 0; start < t->num_rows; start += t->group) {
+    int64_t stop = start + t->group < t->num_rows ? start + t->group : t->num_rows;
+    for (int64_t p = 0; p < P; p++) {
+      if (bf16) {
+        int16_t top[MAX_COLUMNS], bottom[MAX_COLUMNS];
+        const uint16_t *cells = (const uint16_t *)t->products[p] + from;
+        for (int64_t c = 0; c < to - from; c++) top[c] = bottom[c] = ordered(cells[start * t->ld + c]);
+        for (int64_t r = start + 1; r < stop; r++)
+          for (int64_t c = 0; c < to - from; c++) {
+            int16_t value = ordered(cells[r * t->ld + c]);
+            top[c] = value > top[c] ? value : top[c];
+            bottom[c] = value < bottom[c] ? value : bottom[c];
+          }
+        for (int64_t c = 0; c < to - from; c++) {
+          float h = unordered(top[c]), l = unordered(bottom[c]);
+          high[p][c] = h + t->rho * fabsf(h);
+          low[p][c] = l - t->rho * fabsf(l);
+        }
+      } else {
+        const float *cells = (const float *)t->products[p] + from;
+        for (int64_t c = 0; c < to - from; c++) high[p][c] = low[p][c] = cells[start * t->ld + c];
+        for (int64_t r = start + 1; r < stop; r++)
+          for (int64_t c = 0; c < to - from; c++) {
+            float value = cells[r * t->ld + c];
+            high[p][c] = value > high[p][c] ? value : high[p][c];
+            low[p][c] = value < low[p][c] ? value : low[p][c];
+          }
+      }
+    }
+    for (int64_t query = from; query < to; query++) {
+      const float *weights = b->scan_weights + query * P * K, *need = b->need + query * K;
+      int64_t c = query - from;
+      int32_t any = 0;
+      for (int64_t key = 0; key < K; key++) sums[key] = 0;
+      for (int64_t p = 0; p < P; p++)
+        for (int64_t key = 0; key < K; key++) {
+          float w = weights[p * K + key];
+          sums[key] += w * (w >= 0 ? high[p][c] : low[p][c]);
+        }
+      for (int64_t key = 0; key < K; key++) any |= sums[key] >= need[key];
+      if (!any) continue;
+      for (int64_t r = start; r < stop; r++) {
+        for (int64_t key = 0; key < K; key++) sums[key] = lows[key] = 0;
+        for (int64_t p = 0; p < P; p++) {
+          float value = bf16 ? from_bfloat16(((const uint16_t *)t->products[p])[r * t->ld + query])
+                             : ((const float *)t->products[p])[r * t->ld + query];
+          float width = t->rho * fabsf(value), up = value + width, down = value - width;
+          for (int64_t key = 0; key < K; key++) {
+            float w = weights[p * K + key];
+            sums[key] += w * (w >= 0 ? up : down);
+            lows[key] += w * (w >= 0 ? down : up);
+          }
+        }
+        any = 0;
+        for (int64_t key = 0; key < K; key++) any |= sums[key] >= need[key];
+        if (!any) continue;
+        for (int64_t key = 0; key < K; key++) {
+          int64_t list = query * K + key;
+          if (!(sums[key] >= need[key])) continue;
+          if (push(b, t->block, query, list, t->first_row + r, lows[key], sums[key], scratch) < 0) return -1;
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+/* Scan a tile for queries from .. to - 1. 0, or -1 where memory has run out. */
+EXPORT FAST int scan_tile(const Tile *t, int64_t from, int64_t to, int32_t bf16) {
+  float *scratch = malloc((size_t)t->batch->capacity * 4);
+  int failed = scratch == NULL;
+  if (!failed) begin_tile(t->batch, t->stats, from, to);
+  for (int64_t first = from; first < to && !failed; first += MAX_COLUMNS) {
+    int64_t last = first + MAX_COLUMNS < to ? first + MAX_COLUMNS : to;
+    if (t->batch->direct) {
+      for (int64_t key = 0; key < t->batch->num_keys && !failed; key++)
+        failed = bf16 ? scan_direct(t, key, first, last, scratch, 1) : scan_direct(t, key, first, last, scratch, 0);
+    } else {
+      failed = bf16 ? scan_weighted(t, first, last, scratch, 1) : scan_weighted(t, first, last, scratch, 0);
+    }
+  }
+  free(scratch);
+  return failed ? -1 : 0;
+}
+
+/* The end of a block: what is left of the candidates of queries from .. to - 1 is scored exactly. */
+EXPORT FAST int settle_block(Batch *b, const Block *block, int64_t from, int64_t to) {
+  float *scratch = malloc((size_t)b->capacity * 4);
+  int failed = scratch == NULL;
+  for (int64_t query = from; query < to && !failed; query++) {
+    for (int64_t key = 0; key < b->num_keys; key++) shrink(b, query * b->num_keys + key, scratch);
+    failed = settle(b, block, query);
+  }
+  free(scratch);
+  return failed ? -1 : 0;
+}
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }

@@ -1,0 +1,239 @@
+"""The compiled inner loops of the search (kernels.c), called through ctypes, which lets other threads run meanwhile.
+
+They are built when the package is installed, where there is a C compiler. Without them, and on a GPU, the same search
+runs in torch (scan.py): same results to the bit, more time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cir_core.schema import CirError
+
+try:
+    from cir_core.search import _kernels  # type: ignore[attr-defined]
+except ImportError:  # no compiler where this was installed
+    _library = None
+else:
+    _library = ctypes.CDLL(str(_kernels.__file__))
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_Array = npt.NDArray[Any]
+
+
+def is_compiled() -> bool:
+    """Whether the compiled loops are there."""
+    return _library is not None
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("stride", ctypes.c_int64),
+        ("first_index", ctypes.c_int64),
+        ("indices", ctypes.c_void_p),
+    )
+
+
+_SIZES = ("num_queries", "num_keys", "num_products", "num_parts", "k", "capacity", "dim")
+_ARRAYS = ("bar", "slack", "need", "count", "low", "high", "row", "best_score", "best_index", "num_exact")
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("direct", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("scan_weights", "slack_terms", "queries", "weights", "offsets")),
+        ("excluded", ctypes.c_void_p),
+        ("num_excluded", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in _ARRAYS),
+    )
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = (
+        ("batch", ctypes.c_void_p),
+        ("block", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
+        ("ld", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64),
+        ("first_row", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("rho", ctypes.c_float),
+        ("stats", ctypes.c_float * 3),
+    )
+
+
+class Rows:
+    """Gallery rows as the loops read them: [n, D] of a supported dtype, on the CPU, any row stride.
+
+    indices: int64[n], the rows' gallery indices; None where row i has index first_index + i.
+    """
+
+    def __init__(self, rows: Tensor | _Array, first_index: int = 0, indices: Tensor | None = None) -> None:
+        self.kept = (rows, indices)  # the memory that the pointers below lead into
+        self.num_rows, self.dim = int(rows.shape[0]), int(rows.shape[1])
+        if isinstance(rows, Tensor):
+            dtype, pointer, strides = rows.dtype, rows.data_ptr(), rows.stride()
+        else:
+            dtype = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}[rows.dtype]
+            pointer = rows.ctypes.data
+            strides = tuple(stride // rows.itemsize for stride in rows.strides)
+        if self.dim > 1 and strides[1] != 1:
+            raise ValueError("rows must be contiguous along D")
+        self.c = _Block(pointer, _DTYPES[dtype], strides[0], first_index, None)
+        if indices is not None:
+            self.c.indices = indices.data_ptr()
+
+
+class Batch:
+    """The lists of a batch of queries, and what is known of their bounds; see kernels.c for every array."""
+
+    def __init__(self, *, k: int, capacity: int, direct: bool, group: int, arrays: dict[str, _Array]) -> None:
+        num_products, num_queries, num_keys = arrays["scan_weights"].transpose(1, 0, 2).shape
+        num_parts, _, dim = arrays["queries"].shape
+        self.num_queries, self.group = num_queries, group
+        lists = (num_queries, num_keys)
+        self.arrays = arrays | {
+            "slack": np.zeros(lists, np.float32),
+            "need": np.zeros(lists, np.float32),
+            "count": np.zeros(lists, np.int32),
+            "low": np.empty((*lists, capacity), np.float32),
+            "high": np.empty((*lists, capacity), np.float32),
+            "row": np.empty((*lists, capacity), np.int32),
+            "num_exact": np.zeros(num_queries, np.int64),
+        }
+        sizes = (num_queries, num_keys, num_products, num_parts, k, capacity, dim)
+        self.c = _Batch(**dict(zip(_SIZES, sizes, strict=True)), direct=direct)
+        for name, array in self.arrays.items():
+            if not array.flags.c_contiguous:
+                raise ValueError(f"{name} must be contiguous")
+            setattr(self.c, name, array.ctypes.data)
+        self.c.num_excluded = arrays["excluded"].shape[1] if "excluded" in arrays else 0
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="cir-search")
+
+
+def _in_threads(function: Any, count: int) -> None:
+    """Call function(start, stop, number) on equal ranges of 0 .. count, one for each of torch's threads."""
+    threads = max(1, min(torch.get_num_threads(), count))
+    edges = [count * number // threads for number in range(threads + 1)]
+    pool = _pool(torch.get_num_threads())
+    futures = [pool.submit(function, edges[i], edges[i + 1], i) for i in range(1, threads)]
+    results = [function(0, edges[1], 0), *(future.result() for future in futures)]
+    if any(results):
+        raise CirError("the search ran out of memory for its candidates: search fewer queries or weightings at a time")
+
+
+def scan_tile(
+    batch: Batch, rows: Rows, products: list[Tensor], *, first_row: int, rho: float, stats: tuple[float, ...]
+) -> None:
+    """Take in the scan of rows first_row .. first_row + n - 1 of a block.
+
+    products: one [n, Q] a product, bfloat16 or float32, contiguous along Q. rho: relative error of their rounding beyond
+    what the slack terms hold. stats: the largest residual, scanned norm and row norm of these rows.
+    """
+    pointers = (ctypes.c_void_p * len(products))(*(product.data_ptr() for product in products))
+    num_rows, ld = len(products[0]), products[0].stride(0)
+    tile = _Tile(
+        batch=ctypes.addressof(batch.c),
+        block=ctypes.addressof(rows.c),
+        products=ctypes.addressof(pointers),
+        ld=ld,
+        num_rows=num_rows,
+        first_row=first_row,
+        group=batch.group,
+        rho=rho,
+        stats=stats,
+    )
+    bf16 = ctypes.c_int32(products[0].dtype == torch.bfloat16)
+    _in_threads(
+        lambda start, stop, _: _call(
+            "scan_tile", ctypes.byref(tile), ctypes.c_int64(start), ctypes.c_int64(stop), bf16
+        ),
+        batch.num_queries,
+    )
+
+
+def settle_block(batch: Batch, rows: Rows) -> None:
+    """Score exactly what is left of a block's candidates."""
+    reference = ctypes.byref(rows.c)
+    _in_threads(
+        lambda start, stop, _: _call(
+            "settle_block", ctypes.byref(batch.c), reference, ctypes.c_int64(start), ctypes.c_int64(stop)
+        ),
+        batch.num_queries,
+    )
+
+
+def cast_rows(rows: Rows, start: int, stop: int, centre: Tensor, out: Tensor, max_norm: float) -> _Array | int:
+    """Write rows start .. stop - 1 less `centre` (float32[D]) to `out`, bfloat16 or float32 [>= n, D].
+
+    Returns float32[3]: the largest norms of what rounding lost, of what was written, and of the rows; or, as an int, the
+    first row of the block that is not finite or has a norm above max_norm.
+    """
+    found_stats = np.zeros((torch.get_num_threads(), 3), np.float32)
+    bad: list[int] = []
+
+    def cast(first: int, last: int, number: int) -> int:
+        found = _call(
+            "cast_rows",
+            ctypes.byref(rows.c),
+            ctypes.c_int64(start + first),
+            ctypes.c_int64(start + last),
+            ctypes.c_int64(rows.dim),
+            ctypes.c_void_p(centre.data_ptr()),
+            ctypes.c_void_p(out[first:].data_ptr()),
+            ctypes.c_int32(out.dtype == torch.bfloat16),
+            ctypes.c_float(max_norm),
+            ctypes.c_void_p(found_stats[number].ctypes.data),
+        )
+        if found >= 0:
+            bad.append(int(found))
+        return 0
+
+    _in_threads(cast, stop - start)
+    return min(bad) if bad else np.sqrt(found_stats.max(0))
+
+
+def pair_dots(queries: Tensor, rows: Rows, left: Tensor, right: Tensor) -> Tensor:
+    """float64[P]: `top_k.pair_dots` of float32 queries on the CPU, to the bit."""
+    queries, left, right = queries.contiguous(), left.contiguous(), right.contiguous()
+    out = torch.empty(len(left), dtype=torch.float64)
+
+    def some(first: int, last: int, _: int) -> int:
+        _call(
+            "pair_dots",
+            ctypes.c_void_p(queries.data_ptr()),
+            ctypes.byref(rows.c),
+            ctypes.c_void_p(left[first:].data_ptr()),
+            ctypes.c_void_p(right[first:].data_ptr()),
+            ctypes.c_int64(last - first),
+            ctypes.c_int64(rows.dim),
+            ctypes.c_void_p(out[first:].data_ptr()),
+        )
+        return 0
+
+    if len(left):
+        _in_threads(some, len(left))
+    return out
+
+
+def _call(name: str, *arguments: Any) -> int:
+    if _library is None:
+        raise RuntimeError("the compiled loops are not there")
+    function = getattr(_library, name)
+    function.restype = ctypes.c_int64 if name == "cast_rows" else ctypes.c_int
+    return int(function(*arguments))
