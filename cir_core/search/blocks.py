@@ -95,7 +95,7 @@ def iter_row_blocks(gallery_blocks: GalleryBlocks, dim: int, *, min_rows: int, m
     Raises CirError as exact_top_k, but for values: whoever casts the rows checks them.
     """
     pending: list[tuple[int, Tensor]] = []
-    num_rows = 0
+    num_rows = num_pending = 0
     for offset, block in _numbered(gallery_blocks, dim):
         num_rows += len(block)
         if isinstance(block, PreparedGallery):
@@ -107,9 +107,10 @@ def iter_row_blocks(gallery_blocks: GalleryBlocks, dim: int, *, min_rows: int, m
         elif len(block):
             # A reader may refill its buffer for the next block, so rows that wait are copied.
             pending.append((offset, _as_tensor(block).detach().to("cpu", copy=True)))
-            if sum(len(rows) for _, rows in pending) >= min_rows:
+            num_pending += len(block)
+            if num_pending >= min_rows:
                 yield _gathered(pending)
-                pending = []
+                pending, num_pending = [], 0
     if pending:
         yield _gathered(pending)
     if num_rows == 0:

@@ -1,7 +1,7 @@
 /* The inner loops of the exact search on a CPU: cast rows for the scan, prune, keep candidates, score them exactly.
 
-   Plain C without Python objects; kernels.py calls it through ctypes, several threads at once on disjoint ranges of
-   queries. The mathematics and the bounds are explained in scan.py. Every number that decides a result is computed in
+   Plain C without Python objects; kernels.py calls it through ctypes. The threads are OpenMP's, which are torch's: of a
+   pool of our own each would wait for a core on which one of torch's still spins. The mathematics and the bounds are explained in scan.py. Every number that decides a result is computed in
    IEEE float64 in a fixed order: compiled with -ffp-contract=off, so that it equals top_k.py's torch code to the bit. */
 
 #define PY_SSIZE_T_CLEAN
@@ -102,10 +102,8 @@ INLINE float sum_of_squares(const float *values, int64_t n) {
   return total;
 }
 
-/* out[i] = rows[i] - centre, in bfloat16 or float32. stats: the largest |row - centre - out|, |out| and |row| of these
-   rows, as computed in float32; returns the first row whose norm is not at most max_norm, or -1. */
-EXPORT FAST int64_t cast_rows(const Block *block, int64_t from, int64_t to, int64_t dim, const float *centre,
-                              void *out, int32_t to_bf16, float max_norm, float *stats) {
+static FAST int64_t cast_range(const Block *block, int64_t from, int64_t to, int64_t dim, const float *centre,
+                               void *out, int32_t to_bf16, float max_norm, float *stats) {
   float row[dim], kept[dim], rest[dim];
   float residual = stats[0], scanned = stats[1], norm = stats[2];
   for (int64_t i = 0; i < dim; i++) rest[i] = 0;
@@ -145,11 +143,11 @@ INLINE double fixed_order_dot(const float *restrict a, const float *restrict b, 
   return sums[0];
 }
 
-EXPORT FAST void pair_dots(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
-                           int64_t num_pairs, int64_t dim, double *out) {
+static FAST void dot_range(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
+                           int64_t from, int64_t to, int64_t dim, double *out) {
   float row[dim];
   double sums[dim];
-  for (int64_t p = 0; p < num_pairs; p++) {
+  for (int64_t p = from; p < to; p++) {
     load_row(row, block, right[p], dim);
     out[p] = fixed_order_dot(queries + left[p] * dim, row, sums, dim);
   }
@@ -472,8 +470,7 @@ INLINE int scan_weighted(const Tile *t, int64_t from, int64_t to, float *scratch
   return 0;
 }
 
-/* Scan a tile for queries from .. to - 1. 0, or -1 where memory has run out. */
-EXPORT FAST int scan_tile(const Tile *t, int64_t from, int64_t to, int32_t bf16) {
+static FAST int scan_range(const Tile *t, int64_t from, int64_t to, int32_t bf16) {
   float *scratch = malloc((size_t)t->batch->capacity * 4);
   int failed = scratch == NULL;
   if (!failed) begin_tile(t->batch, t->stats, from, to);
@@ -490,8 +487,7 @@ EXPORT FAST int scan_tile(const Tile *t, int64_t from, int64_t to, int32_t bf16)
   return failed ? -1 : 0;
 }
 
-/* The end of a block: what is left of the candidates of queries from .. to - 1 is scored exactly. */
-EXPORT FAST int settle_block(Batch *b, const Block *block, int64_t from, int64_t to) {
+static FAST int settle_range(Batch *b, const Block *block, int64_t from, int64_t to) {
   float *scratch = malloc((size_t)b->capacity * 4);
   int failed = scratch == NULL;
   for (int64_t query = from; query < to && !failed; query++) {
@@ -500,6 +496,55 @@ EXPORT FAST int settle_block(Batch *b, const Block *block, int64_t from, int64_t
   }
   free(scratch);
   return failed ? -1 : 0;
+}
+
+/* --- what kernels.py calls: the work in equal ranges, one a thread ------------------------------------------------ */
+
+/* out[i] = rows[i] - centre, in bfloat16 or float32. stats: float[3], the largest |row - centre - out|^2, |out|^2 and
+   |row|^2, as computed in float32; returns the first row whose norm is not at most max_norm, or -1. */
+EXPORT int64_t cast_rows(const Block *block, int64_t from, int64_t to, int64_t dim, const float *centre, void *out,
+                         int32_t to_bf16, float max_norm, float *stats, int32_t threads) {
+  int64_t bad = -1, size = to_bf16 ? 2 : 4;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int32_t n = 0; n < threads; n++) {
+    int64_t first = from + (to - from) * n / threads, last = from + (to - from) * (n + 1) / threads;
+    float own[3] = {0};
+    int64_t found =
+        cast_range(block, first, last, dim, centre, (char *)out + (first - from) * dim * size, to_bf16, max_norm, own);
+#pragma omp critical
+    {
+      if (found >= 0 && (bad < 0 || found < bad)) bad = found;
+      for (int i = 0; i < 3; i++) stats[i] = fmaxf(stats[i], own[i]);
+    }
+  }
+  return bad;
+}
+
+EXPORT void pair_dots(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
+                      int64_t num_pairs, int64_t dim, double *out, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int32_t n = 0; n < threads; n++)
+    dot_range(queries, block, left, right, num_pairs * n / threads, num_pairs * (n + 1) / threads, dim, out);
+}
+
+/* Scan a tile for all queries of its batch. 0, or -1 where memory has run out. */
+EXPORT int scan_tile(const Tile *t, int32_t bf16, int32_t threads) {
+  int64_t size = t->batch->num_queries;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(| : failed)
+  for (int32_t n = 0; n < threads; n++)
+    failed |= scan_range(t, size * n / threads, size * (n + 1) / threads, bf16);
+  return failed;
+}
+
+/* The end of a block: what is left of the candidates is scored exactly. */
+EXPORT int settle_block(Batch *b, const Block *block, int32_t threads) {
+  int64_t size = b->num_queries;
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(| : failed)
+  for (int32_t n = 0; n < threads; n++)
+    failed |= settle_range(b, block, size * n / threads, size * (n + 1) / threads);
+  return failed;
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, NULL, NULL, NULL, NULL, NULL};

@@ -1,5 +1,7 @@
 """The compiled inner loops of the search (kernels.c), called through ctypes, which lets other threads run meanwhile.
 
+torch is imported before they are loaded: they share its OpenMP library and so its threads.
+
 They are built when the package is installed, where there is a C compiler. Without them, and on a GPU, the same search
 runs in torch (scan.py): same results to the bit, more time.
 """
@@ -7,8 +9,6 @@ runs in torch (scan.py): same results to the bit, more time.
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,19 +121,12 @@ class Batch:
         self.c.num_excluded = arrays["excluded"].shape[1] if "excluded" in arrays else 0
 
 
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="cir-search")
+def _threads(count: int) -> ctypes.c_int32:
+    return ctypes.c_int32(max(1, min(torch.get_num_threads(), count)))
 
 
-def _in_threads(function: Any, count: int) -> None:
-    """Call function(start, stop, number) on equal ranges of 0 .. count, one for each of torch's threads."""
-    threads = max(1, min(torch.get_num_threads(), count))
-    edges = [count * number // threads for number in range(threads + 1)]
-    pool = _pool(torch.get_num_threads())
-    futures = [pool.submit(function, edges[i], edges[i + 1], i) for i in range(1, threads)]
-    results = [function(0, edges[1], 0), *(future.result() for future in futures)]
-    if any(results):
+def _checked(failed: int) -> None:
+    if failed:
         raise CirError("the search ran out of memory for its candidates: search fewer queries or weightings at a time")
 
 
@@ -159,23 +152,12 @@ def scan_tile(
         stats=stats,
     )
     bf16 = ctypes.c_int32(products[0].dtype == torch.bfloat16)
-    _in_threads(
-        lambda start, stop, _: _call(
-            "scan_tile", ctypes.byref(tile), ctypes.c_int64(start), ctypes.c_int64(stop), bf16
-        ),
-        batch.num_queries,
-    )
+    _checked(_call("scan_tile", ctypes.byref(tile), bf16, _threads(batch.num_queries)))
 
 
 def settle_block(batch: Batch, rows: Rows) -> None:
     """Score exactly what is left of a block's candidates."""
-    reference = ctypes.byref(rows.c)
-    _in_threads(
-        lambda start, stop, _: _call(
-            "settle_block", ctypes.byref(batch.c), reference, ctypes.c_int64(start), ctypes.c_int64(stop)
-        ),
-        batch.num_queries,
-    )
+    _checked(_call("settle_block", ctypes.byref(batch.c), ctypes.byref(rows.c), _threads(batch.num_queries)))
 
 
 def cast_rows(rows: Rows, start: int, stop: int, centre: Tensor, out: Tensor, max_norm: float) -> _Array | int:
@@ -184,28 +166,21 @@ def cast_rows(rows: Rows, start: int, stop: int, centre: Tensor, out: Tensor, ma
     Returns float32[3]: the largest norms of what rounding lost, of what was written, and of the rows; or, as an int, the
     first row of the block that is not finite or has a norm above max_norm.
     """
-    found_stats = np.zeros((torch.get_num_threads(), 3), np.float32)
-    bad: list[int] = []
-
-    def cast(first: int, last: int, number: int) -> int:
-        found = _call(
-            "cast_rows",
-            ctypes.byref(rows.c),
-            ctypes.c_int64(start + first),
-            ctypes.c_int64(start + last),
-            ctypes.c_int64(rows.dim),
-            ctypes.c_void_p(centre.data_ptr()),
-            ctypes.c_void_p(out[first:].data_ptr()),
-            ctypes.c_int32(out.dtype == torch.bfloat16),
-            ctypes.c_float(max_norm),
-            ctypes.c_void_p(found_stats[number].ctypes.data),
-        )
-        if found >= 0:
-            bad.append(int(found))
-        return 0
-
-    _in_threads(cast, stop - start)
-    return min(bad) if bad else np.sqrt(found_stats.max(0))
+    stats = np.zeros(3, np.float32)
+    bad = _call(
+        "cast_rows",
+        ctypes.byref(rows.c),
+        ctypes.c_int64(start),
+        ctypes.c_int64(stop),
+        ctypes.c_int64(rows.dim),
+        ctypes.c_void_p(centre.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int32(out.dtype == torch.bfloat16),
+        ctypes.c_float(max_norm),
+        ctypes.c_void_p(stats.ctypes.data),
+        _threads(stop - start),
+    )
+    return bad if bad >= 0 else np.sqrt(stats)
 
 
 def pair_dots(queries: Tensor, rows: Rows, left: Tensor, right: Tensor) -> Tensor:
@@ -213,21 +188,17 @@ def pair_dots(queries: Tensor, rows: Rows, left: Tensor, right: Tensor) -> Tenso
     queries, left, right = queries.contiguous(), left.contiguous(), right.contiguous()
     out = torch.empty(len(left), dtype=torch.float64)
 
-    def some(first: int, last: int, _: int) -> int:
-        _call(
-            "pair_dots",
-            ctypes.c_void_p(queries.data_ptr()),
-            ctypes.byref(rows.c),
-            ctypes.c_void_p(left[first:].data_ptr()),
-            ctypes.c_void_p(right[first:].data_ptr()),
-            ctypes.c_int64(last - first),
-            ctypes.c_int64(rows.dim),
-            ctypes.c_void_p(out[first:].data_ptr()),
-        )
-        return 0
-
-    if len(left):
-        _in_threads(some, len(left))
+    _call(
+        "pair_dots",
+        ctypes.c_void_p(queries.data_ptr()),
+        ctypes.byref(rows.c),
+        ctypes.c_void_p(left.data_ptr()),
+        ctypes.c_void_p(right.data_ptr()),
+        ctypes.c_int64(len(left)),
+        ctypes.c_int64(rows.dim),
+        ctypes.c_void_p(out.data_ptr()),
+        _threads(len(left)),
+    )
     return out
 
 
