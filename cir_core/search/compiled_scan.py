@@ -86,10 +86,9 @@ class CompiledScan:
     def __init__(self, queries: LinearQueries, k: int, excluded: Tensor | None) -> None:
         self.num_keys, self.k, self.dim = queries.num_keys, k, queries.dim
         self.dtype = scan_dtype()
-        # With few weightings a product each is cheaper than bounds from shared ones.
-        self.direct = queries.num_keys <= 2
+        self.direct = queries.num_keys == 1  # one product with the composed query is cheaper than one a part
         self.group = 16 if self.direct else 8
-        self.capacity = max(256, 3 * k)
+        self.capacity = 4 * k * min(queries.num_keys, 8) + 128
         self.tile_rows = tile_rows(queries.dim)
         step = max(1, _LISTS // queries.num_keys)
         starts = range(0, max(1, queries.num_queries), step)
@@ -106,12 +105,9 @@ class CompiledScan:
     def _state(self, queries: LinearQueries, excluded: Tensor | None, rows: slice) -> _State:
         weights = queries.weights.numpy()
         parts = torch.stack(queries.parts)
-        if self.direct:  # float32 vectors whose products with a row are the scores, to rounding
-            vectors = [
-                torch.einsum("rq,rqd->qd", queries.weights[key], parts.double()).float()
-                for key in range(queries.num_keys)
-            ]
-            scan_weights = np.broadcast_to(np.eye(self.num_keys), (queries.num_queries, self.num_keys, self.num_keys))
+        if self.direct:  # a float32 vector whose product with a row is the score, to rounding
+            vectors = [torch.einsum("rq,rqd->qd", queries.weights[0], parts.double()).float()]
+            scan_weights = np.ones((queries.num_queries, 1, 1))
         else:
             vectors, scan_weights = list(queries.parts), weights.transpose(2, 1, 0)
         scanned = [vector.to(self.dtype) for vector in vectors]
@@ -149,7 +145,7 @@ class CompiledScan:
         sums = np.einsum("rqk,rq->qk", np.abs(state.fixed["weights"]), state.queries.norms.numpy() + TINY)
         terms = [
             np.einsum("qpk,qp->qk", shares, whole),
-            np.einsum("qpk,qp->qk", shares, lost + (gamma + 8 * _UNIT) * kept),
+            np.einsum("qpk,qp->qk", shares, lost + (gamma + 16 * _UNIT) * kept),
             16 * _UNIT * sums,
         ]
         return np.ascontiguousarray(np.stack(terms) * 1.000001, dtype=np.float32)
@@ -185,6 +181,7 @@ class CompiledScan:
         full = state.best_index[:, :, -1] >= 0
         bar = np.where(full, state.best_score[:, :, -1] - offsets, -np.inf)
         bar32 = np.nextafter(bar.astype(np.float32), np.float32(-np.inf))
+        rho = _ROUNDING_16 if self.dtype == torch.bfloat16 else 0.0
         pieces = []
         for start in range(0, state.queries.num_queries, _COLUMNS):
             rows = slice(start, start + _COLUMNS)
@@ -195,9 +192,7 @@ class CompiledScan:
             if state.excluded is not None:
                 arrays["excluded"] = state.excluded[rows]
             arrays |= {"offsets": offsets[rows], "bar": bar32[rows]}
-            pieces.append(
-                kernels.Batch(k=self.k, capacity=self.capacity, direct=self.direct, group=self.group, arrays=arrays)
-            )
+            pieces.append(kernels.Batch(k=self.k, capacity=self.capacity, group=self.group, rho=rho, arrays=arrays))
         return pieces
 
     def _scan(
@@ -209,8 +204,7 @@ class CompiledScan:
             for table, vectors in zip(self.tables, state.products, strict=False):
                 out = table.view(-1)[: len(tile) * piece.num_queries].view(len(tile), piece.num_queries)
                 tables.append(torch.mm(tile, vectors[:, columns], out=out))
-            rho = _ROUNDING_16 if self.dtype == torch.bfloat16 else 0.0
-            kernels.scan_tile(piece, rows, tables, first_row=start, rho=rho, stats=stats)
+            kernels.scan_tile(piece, rows, tables, first_row=start, stats=stats)
 
     def results(self) -> list[TopK]:
         """One TopK a key."""

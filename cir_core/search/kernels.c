@@ -20,26 +20,29 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
-enum { MAX_GROUP = 16, MAX_COLUMNS = 1024 };
+enum { MAX_COLUMNS = 1024, LANES = 16 };
 
 /* One batch of queries; arrays are C-contiguous. Q queries, K keys (weightings), P scanned products, R parts of the
-   exact score. A list is a (query, key) pair: list = query * K + key. */
+   exact score. A key's scanned score is the sum over products of weight * product. */
 typedef struct {
   int64_t num_queries, num_keys, num_products, num_parts, k, capacity, dim;
-  int32_t direct;            /* product key * 1: the scan of key j is product j alone */
-  const float *scan_weights; /* [Q, P, K] */
+  int64_t lanes;             /* K rounded up to LANES: what the scan works on */
+  float rho;                 /* relative rounding of a product where it is stored in bfloat16, else 0 */
+  const float *scan_weights; /* [Q, P, lanes], zero past K */
   const float *slack_terms;  /* [3, Q, K]: times (residual, scanned norm, row norm) of a tile, added up: its error E */
   const float *queries;      /* [R, Q, dim] */
   const double *weights;     /* [R, Q, K] */
   const double *offsets;     /* [Q, K]: what the scan leaves out of the score, the product with the centre */
-  const int64_t *excluded;   /* [Q, num_excluded], rows ascending */
+  const int64_t *excluded;   /* [Q, num_excluded], ascending */
   int64_t num_excluded;
   float *bar;                /* [Q, K]: a row whose upper bound is below cannot enter the list */
   float *slack;              /* [Q, K]: E of the present tile */
-  float *need;               /* [Q, K]: bar - slack, what a scanned score must reach */
-  int32_t *count;            /* [Q, K]: candidates held */
-  float *low, *high;         /* [Q, K, capacity]: bounds of their scores */
-  int32_t *row;              /* [Q, K, capacity]: their rows in the block */
+  float *slack_max;          /* [Q, K]: the largest E of the block so far */
+  float *need;               /* [Q, lanes]: bar - slack, what a scanned score must reach; infinite past K */
+  int32_t *count;            /* [Q]: candidates held, of all keys together */
+  int32_t *limit;            /* [Q]: so many are held before the bars are raised */
+  float *value;              /* [Q, P, capacity]: their products */
+  int32_t *row;              /* [Q, capacity]: their rows in the block */
   float *best_score;         /* [Q, K, k]: exact, in order of (-score, index); -inf and -1 past the end */
   int64_t *best_index;
   int64_t *num_exact;        /* [Q]: rows scored exactly, for the log and the tests */
@@ -52,6 +55,12 @@ typedef struct {
   int64_t first_index;    /* gallery index of row 0 where indices is NULL */
   const int64_t *indices; /* [n] or NULL */
 } Block;
+
+/* As wide as the widest registers; the compiler splits it where they are narrower. Unrolled loops it leaves scalar. */
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE float larger(float a, float b) { return a > b ? a : b; } /* fmaxf stays a call, for the sake of NaN */
 
 INLINE float from_half(uint16_t bits) {
   uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13, out;
@@ -111,7 +120,7 @@ static FAST int64_t cast_range(const Block *block, int64_t from, int64_t to, int
     load_row(row, block, r, dim);
     float whole = sum_of_squares(row, dim);
     if (!(sqrtf(whole) <= max_norm)) return r;
-    norm = fmaxf(norm, whole);
+    norm = larger(norm, whole);
     if (to_bf16) {
       uint16_t *cells = (uint16_t *)out + (r - from) * dim;
       for (int64_t i = 0; i < dim; i++) {
@@ -125,8 +134,8 @@ static FAST int64_t cast_range(const Block *block, int64_t from, int64_t to, int
       for (int64_t i = 0; i < dim; i++) kept[i] = row[i] - centre[i];
       memcpy((float *)out + (r - from) * dim, kept, (size_t)dim * 4);
     }
-    residual = fmaxf(residual, sum_of_squares(rest, dim));
-    scanned = fmaxf(scanned, sum_of_squares(kept, dim));
+    residual = larger(residual, sum_of_squares(rest, dim));
+    scanned = larger(scanned, sum_of_squares(kept, dim));
   }
   stats[0] = residual, stats[1] = scanned, stats[2] = norm; /* squares; the caller takes roots */
   return -1;
@@ -176,23 +185,58 @@ static float kth_largest(float *values, int64_t n, int64_t k) { /* quickselect; 
   return values[place];
 }
 
-INLINE void set_need(Batch *b, int64_t list) {
-  /* A finite floor, so that a row without a score (-inf) never passes. */
-  b->need[list] = fmaxf(nextafterf(b->bar[list] - b->slack[list], -INFINITY), -3e38f);
+INLINE void set_need(Batch *b, int64_t query) {
+  for (int64_t key = 0; key < b->num_keys; key++) {
+    int64_t list = query * b->num_keys + key;
+    /* Finite, so that a row without a score (-inf) never passes. */
+    b->need[query * b->lanes + key] = larger(nextafterf(b->bar[list] - b->slack[list], -INFINITY), -3e38f);
+  }
 }
 
-/* Raise the bar to the k-th best lower bound and drop what cannot reach it any more. */
-static void shrink(Batch *b, int64_t list, float *scratch) {
-  float *low = b->low + list * b->capacity, *high = b->high + list * b->capacity;
-  int32_t *row = b->row + list * b->capacity, count = b->count[list], kept = 0;
-  if (count < b->k) return;
-  memcpy(scratch, low, (size_t)count * 4);
-  float bar = kth_largest(scratch, count, b->k);
-  if (bar > b->bar[list]) b->bar[list] = bar;
-  for (int32_t i = 0; i < count; i++)
-    if (high[i] >= b->bar[list]) low[kept] = low[i], high[kept] = high[i], row[kept++] = row[i];
-  b->count[list] = kept;
-  set_need(b, list);
+/* out[c] = the bound of candidate c's score under a key: the upper one for sign 1, the lower one for -1. */
+INLINE void candidate_bounds(const Batch *b, int64_t query, int64_t key, float sign, float *restrict out) {
+  const float *values = b->value + query * b->num_products * b->capacity;
+  int64_t count = b->count[query];
+  float slack = sign * b->slack_max[query * b->num_keys + key];
+  for (int64_t c = 0; c < count; c++) out[c] = slack;
+  for (int64_t p = 0; p < b->num_products; p++) {
+    const float *value = values + p * b->capacity;
+    float w = b->scan_weights[(query * b->num_products + p) * b->lanes + key], width = sign * b->rho * fabsf(w);
+    for (int64_t c = 0; c < count; c++) out[c] += w * value[c] + width * fabsf(value[c]);
+  }
+}
+
+/* Raise every bar to the k-th best lower bound and drop the candidates that reach none any more.
+   scratch: floats [2, capacity]. */
+INLINE void shrink(Batch *b, int64_t query, float *scratch) {
+  int64_t count = b->count[query], kept = 0, room;
+  float *bounds = scratch, *margin = scratch + b->capacity;
+  for (int64_t c = 0; c < count; c++) margin[c] = -INFINITY;
+  for (int64_t key = 0; key < b->num_keys; key++) {
+    float *bar = b->bar + query * b->num_keys + key;
+    int64_t above = 0;
+    candidate_bounds(b, query, key, -1, bounds);
+    for (int64_t c = 0; c < count; c++) {
+      float bound = bounds[c];
+      bounds[above] = bound;
+      above += bound > *bar;
+    }
+    if (above >= b->k) *bar = larger(*bar, kth_largest(bounds, above, b->k));
+    candidate_bounds(b, query, key, 1, bounds);
+    for (int64_t c = 0; c < count; c++) margin[c] = larger(margin[c], bounds[c] - *bar);
+  }
+  int32_t *row = b->row + query * b->capacity;
+  float *value = b->value + query * b->num_products * b->capacity;
+  for (int64_t c = 0; c < count; c++) {
+    if (!(margin[c] >= 0)) continue; /* the sign of a difference is that of the comparison */
+    row[kept] = row[c];
+    for (int64_t p = 0; p < b->num_products; p++) value[p * b->capacity + kept] = value[p * b->capacity + c];
+    kept++;
+  }
+  b->count[query] = (int32_t)kept;
+  room = kept > b->k ? kept : b->k;
+  b->limit[query] = (int32_t)(kept + room < b->capacity ? kept + room : b->capacity);
+  set_need(b, query);
 }
 
 typedef struct {
@@ -206,15 +250,11 @@ static int by_rank(const void *x, const void *y) {
   return (a->index > b->index) - (a->index < b->index);
 }
 
-static int by_value(const void *x, const void *y) {
-  int32_t a = *(const int32_t *)x, b = *(const int32_t *)y;
-  return (a > b) - (a < b);
-}
-
 /* Merge exact candidates into a list's best; merged: room for k. */
 static void merge_best(Batch *b, int64_t list, Scored *found, int64_t count, Scored *merged) {
   float *scores = b->best_score + list * b->k;
   int64_t *indices = b->best_index + list * b->k, i = 0, j = 0;
+  if (count == 0) return;
   qsort(found, (size_t)count, sizeof(Scored), by_rank);
   for (int64_t n = 0; n < b->k; n++) {
     Scored held = {scores[i], indices[i]};
@@ -229,54 +269,42 @@ static void merge_best(Batch *b, int64_t list, Scored *found, int64_t count, Sco
   }
 }
 
-/* Score all candidates of a query exactly; a row that several keys want is read once. */
-INLINE int settle(Batch *b, const Block *block, int64_t query) {
-  int64_t K = b->num_keys, dim = b->dim, total = 0, distinct = 0;
-  for (int64_t key = 0; key < K; key++) total += b->count[query * K + key];
-  if (total == 0) return 0;
-  int32_t *rows = malloc((size_t)total * 4);
-  double *dots = malloc((size_t)total * (size_t)b->num_parts * 8);
-  Scored *found = malloc(((size_t)b->capacity + (size_t)b->k) * sizeof(Scored));
-  float row[dim];
-  double sums[dim];
-  if (!rows || !dots || !found) {
-    free(rows), free(dots), free(found);
+/* Score all candidates of a query exactly, each row read once, and start with an empty list. -1: no memory. */
+INLINE int settle(Batch *b, const Block *block, int64_t query, float *scratch) {
+  int64_t K = b->num_keys, R = b->num_parts, dim = b->dim, count = b->count[query];
+  const int32_t *rows = b->row + query * b->capacity;
+  if (count == 0) return 0;
+  double *dots = malloc((size_t)(count * R) * sizeof(double));
+  Scored *found = malloc((size_t)(count + b->k) * sizeof(Scored));
+  if (!dots || !found) {
+    free(dots), free(found);
     return -1;
   }
-  total = 0;
+  float row[dim];
+  double sums[dim];
+  for (int64_t c = 0; c < count; c++) {
+    load_row(row, block, rows[c], dim);
+    for (int64_t part = 0; part < R; part++)
+      dots[c * R + part] = fixed_order_dot(b->queries + (part * b->num_queries + query) * dim, row, sums, dim);
+  }
+  b->num_exact[query] += count;
   for (int64_t key = 0; key < K; key++) {
-    int64_t list = query * K + key;
-    memcpy(rows + total, b->row + list * b->capacity, (size_t)b->count[list] * 4);
-    total += b->count[list];
-  }
-  qsort(rows, (size_t)total, 4, by_value);
-  for (int64_t i = 0; i < total; i++) {
-    if (i && rows[i] == rows[i - 1]) continue;
-    load_row(row, block, rows[i], dim);
-    for (int64_t part = 0; part < b->num_parts; part++) {
-      const float *vector = b->queries + (part * b->num_queries + query) * dim;
-      dots[distinct * b->num_parts + part] = fixed_order_dot(vector, row, sums, dim);
+    int64_t list = query * K + key, num_found = 0;
+    candidate_bounds(b, query, key, 1, scratch);
+    for (int64_t c = 0; c < count; c++) {
+      if (!(scratch[c] >= b->bar[list])) continue;
+      double score = b->weights[list] * dots[c * R];
+      for (int64_t part = 1; part < R; part++)
+        score += b->weights[part * b->num_queries * K + list] * dots[c * R + part];
+      found[num_found].score = (float)score;
+      found[num_found++].index = block->indices ? block->indices[rows[c]] : block->first_index + rows[c];
     }
-    rows[distinct++] = rows[i];
+    merge_best(b, list, found, num_found, found + count);
   }
-  b->num_exact[query] += distinct;
-  for (int64_t key = 0; key < K; key++) {
-    int64_t list = query * K + key, count = b->count[list];
-    const int32_t *held = b->row + list * b->capacity;
-    for (int64_t i = 0; i < count; i++) {
-      const int32_t *at = bsearch(&held[i], rows, (size_t)distinct, 4, by_value);
-      const double *dot = dots + (at - rows) * b->num_parts;
-      double score = b->weights[query * K + key] * dot[0];
-      for (int64_t part = 1; part < b->num_parts; part++)
-        score += b->weights[(part * b->num_queries + query) * K + key] * dot[part];
-      found[i].score = (float)score;
-      found[i].index = block->indices ? block->indices[held[i]] : block->first_index + held[i];
-    }
-    merge_best(b, list, found, count, found + b->capacity);
-    b->count[list] = 0;
-    set_need(b, list);
-  }
-  free(rows), free(dots), free(found);
+  free(dots), free(found);
+  b->count[query] = 0;
+  b->limit[query] = (int32_t)(2 * b->k < b->capacity ? 2 * b->k : b->capacity);
+  set_need(b, query);
   return 0;
 }
 
@@ -292,17 +320,16 @@ INLINE int is_excluded(const Batch *b, const Block *block, int64_t query, int64_
   return from < b->num_excluded && listed[from] == index;
 }
 
-/* Take a candidate; 1 where the bars of this query have moved, -1 without memory. */
-INLINE int push(Batch *b, const Block *block, int64_t query, int64_t list, int64_t row, float low, float high,
-                float *scratch) {
+/* Take a candidate; 1 where the bars of its query have moved, -1 without memory. */
+INLINE int push(Batch *b, const Block *block, int64_t query, int64_t row, const float *values, float *scratch) {
   if (b->num_excluded && is_excluded(b, block, query, row)) return 0;
-  int32_t at = b->count[list]++;
-  b->low[list * b->capacity + at] = nextafterf(low - b->slack[list], -INFINITY);
-  b->high[list * b->capacity + at] = nextafterf(high + b->slack[list], INFINITY);
-  b->row[list * b->capacity + at] = (int32_t)row;
-  if (at + 1 < b->capacity) return 0;
-  shrink(b, list, scratch);
-  if (b->count[list] * 4 > b->capacity * 3 && settle(b, block, query)) return -1; /* near ties fill the list */
+  int32_t at = b->count[query]++;
+  float *value = b->value + query * b->num_products * b->capacity + at;
+  for (int64_t p = 0; p < b->num_products; p++) value[p * b->capacity] = values[p];
+  b->row[query * b->capacity + at] = (int32_t)row;
+  if (at + 1 < b->limit[query]) return 0;
+  shrink(b, query, scratch);
+  if (b->count[query] * 4 > b->capacity * 3 && settle(b, block, query, scratch)) return -1; /* near ties fill it */
   return 1;
 }
 
@@ -327,7 +354,6 @@ typedef struct {
   const void **products; /* P of [rows, ld]: bfloat16 or float32; column = query */
   int64_t ld, num_rows, first_row;
   int64_t group;
-  float rho; /* relative rounding of a product where it is bfloat16, else 0 */
   float stats[3];
 } Tile;
 
@@ -337,23 +363,25 @@ INLINE void begin_tile(Batch *b, const float *stats, int64_t from, int64_t to) {
     const float *terms = b->slack_terms + list;
     float slack = 1.0001f * (terms[0] * stats[0] + terms[size] * stats[1] + terms[2 * size] * stats[2]);
     b->slack[list] = slack;
-    set_need(b, list);
+    b->slack_max[list] = larger(b->slack_max[list], slack);
   }
+  for (int64_t query = from; query < to; query++) set_need(b, query);
 }
 
-/* One product is one key: groups of rows fall to one comparison of their maximum, for all queries at once. */
-INLINE int scan_direct(const Tile *t, int64_t key, int64_t from, int64_t to, float *scratch, int bf16) {
+/* One key, one product of weight 1: groups of rows fall to one comparison of their maximum, for all queries at once. */
+INLINE int scan_single(const Tile *t, int64_t from, int64_t to, float *scratch, int bf16) {
   Batch *b = t->batch;
-  int64_t K = b->num_keys;
   int16_t high16[MAX_COLUMNS], need16[MAX_COLUMNS];
   float high32[MAX_COLUMNS];
   uint8_t hit[MAX_COLUMNS + 8];
   int64_t n = to - from;
-  const uint16_t *cells16 = (const uint16_t *)t->products[key] + from;
-  const float *cells32 = (const float *)t->products[key] + from;
+  float rho = b->rho;
+  const float *need = b->need + from * b->lanes;
+  const uint16_t *cells16 = (const uint16_t *)t->products[0] + from;
+  const float *cells32 = (const float *)t->products[0] + from;
   memset(hit, 0, sizeof(hit));
   if (bf16)
-    for (int64_t c = 0; c < n; c++) need16[c] = least_key(b->need[(from + c) * K + key], t->rho);
+    for (int64_t c = 0; c < n; c++) need16[c] = least_key(need[c * b->lanes], rho);
   for (int64_t start = 0; start < t->num_rows; start += t->group) {
     int64_t stop = start + t->group < t->num_rows ? start + t->group : t->num_rows;
     if (bf16) {
@@ -374,7 +402,7 @@ INLINE int scan_direct(const Tile *t, int64_t key, int64_t from, int64_t to, flo
         line = cells32 + r * t->ld;
         for (int64_t c = 0; c < n; c++) high32[c] = line[c] > high32[c] ? line[c] : high32[c];
       }
-      for (int64_t c = 0; c < n; c++) hit[c] = high32[c] >= b->need[(from + c) * K + key];
+      for (int64_t c = 0; c < n; c++) hit[c] = high32[c] >= need[c * b->lanes];
     }
     for (int64_t base = 0; base < n; base += 8) {
       uint64_t eight;
@@ -382,14 +410,12 @@ INLINE int scan_direct(const Tile *t, int64_t key, int64_t from, int64_t to, flo
       if (!eight) continue;
       for (int64_t c = base; c < base + 8; c++) {
         if (!hit[c]) continue;
-        int64_t query = from + c, list = query * K + key;
         for (int64_t r = start; r < stop; r++) {
           float value = bf16 ? from_bfloat16(cells16[r * t->ld + c]) : cells32[r * t->ld + c];
-          float width = t->rho * fabsf(value);
-          if (!(value + width >= b->need[list])) continue;
-          int moved = push(b, t->block, query, list, t->first_row + r, value - width, value + width, scratch);
+          if (!(value + rho * fabsf(value) >= need[c * b->lanes])) continue;
+          int moved = push(b, t->block, from + c, t->first_row + r, &value, scratch);
           if (moved < 0) return -1;
-          if (moved && bf16) need16[c] = least_key(b->need[list], t->rho);
+          if (moved && bf16) need16[c] = least_key(need[c * b->lanes], rho);
         }
       }
     }
@@ -397,73 +423,74 @@ INLINE int scan_direct(const Tile *t, int64_t key, int64_t from, int64_t to, flo
   return 0;
 }
 
-/* Several keys share the products: the maxima (and minima) of both bound every key's scores in a group of rows. */
+/* Whether some key's upper bound reaches what it needs; each product lies in [down, up]. */
+INLINE int reaches(const Batch *b, int64_t query, const float *up, const float *down) {
+  int64_t P = b->num_products, lanes = b->lanes;
+  const float *weights = b->scan_weights + query * P * lanes, *need = b->need + query * lanes;
+  Bits any = {0};
+  for (int64_t base = 0; base < lanes; base += LANES) {
+    Lanes most = {0};
+    for (int64_t p = 0; p < P; p++) {
+      Bits w = *(const Bits *)(weights + p * lanes + base), negative = w >> 31;
+      most += (Lanes)(w & ~negative) * up[p] + (Lanes)(w & negative) * down[p];
+    }
+    any |= most >= *(const Lanes *)(need + base);
+  }
+  uint64_t words[sizeof(any) / 8], found = 0;
+  memcpy(words, &any, sizeof(any));
+  for (size_t i = 0; i < sizeof(any) / 8; i++) found |= words[i];
+  return found != 0;
+}
+
+/* The largest and smallest value of each column in rows start .. stop - 1, widened by their rounding. */
+INLINE void column_bounds(const Tile *t, int64_t product, int64_t start, int64_t stop, int64_t from, int64_t n,
+                          float *restrict high, float *restrict low, int bf16) {
+  if (bf16) {
+    int16_t top[MAX_COLUMNS], bottom[MAX_COLUMNS];
+    const uint16_t *cells = (const uint16_t *)t->products[product] + from;
+    for (int64_t c = 0; c < n; c++) top[c] = bottom[c] = ordered(cells[start * t->ld + c]);
+    for (int64_t r = start + 1; r < stop; r++)
+      for (int64_t c = 0; c < n; c++) {
+        int16_t value = ordered(cells[r * t->ld + c]);
+        top[c] = value > top[c] ? value : top[c];
+        bottom[c] = value < bottom[c] ? value : bottom[c];
+      }
+    for (int64_t c = 0; c < n; c++) {
+      float h = unordered(top[c]), l = unordered(bottom[c]);
+      high[c] = h + t->batch->rho * fabsf(h);
+      low[c] = l - t->batch->rho * fabsf(l);
+    }
+  } else {
+    const float *cells = (const float *)t->products[product] + from;
+    for (int64_t c = 0; c < n; c++) high[c] = low[c] = cells[start * t->ld + c];
+    for (int64_t r = start + 1; r < stop; r++)
+      for (int64_t c = 0; c < n; c++) {
+        float value = cells[r * t->ld + c];
+        high[c] = value > high[c] ? value : high[c];
+        low[c] = value < low[c] ? value : low[c];
+      }
+  }
+}
+
+/* Several keys share the products: the maxima and minima of both bound every key's scores in a group of rows. */
 INLINE int scan_weighted(const Tile *t, int64_t from, int64_t to, float *scratch, int bf16) {
   Batch *b = t->batch;
-  int64_t K = b->num_keys, P = b->num_products;
-  float high[P][MAX_COLUMNS], low[P][MAX_COLUMNS];
-  float sums[K], lows[K];
+  int64_t P = b->num_products;
+  float high[P][MAX_COLUMNS], low[P][MAX_COLUMNS], up[P], down[P], values[P];
   for (int64_t start = 0; start < t->num_rows; start += t->group) {
     int64_t stop = start + t->group < t->num_rows ? start + t->group : t->num_rows;
-    for (int64_t p = 0; p < P; p++) {
-      if (bf16) {
-        int16_t top[MAX_COLUMNS], bottom[MAX_COLUMNS];
-        const uint16_t *cells = (const uint16_t *)t->products[p] + from;
-        for (int64_t c = 0; c < to - from; c++) top[c] = bottom[c] = ordered(cells[start * t->ld + c]);
-        for (int64_t r = start + 1; r < stop; r++)
-          for (int64_t c = 0; c < to - from; c++) {
-            int16_t value = ordered(cells[r * t->ld + c]);
-            top[c] = value > top[c] ? value : top[c];
-            bottom[c] = value < bottom[c] ? value : bottom[c];
-          }
-        for (int64_t c = 0; c < to - from; c++) {
-          float h = unordered(top[c]), l = unordered(bottom[c]);
-          high[p][c] = h + t->rho * fabsf(h);
-          low[p][c] = l - t->rho * fabsf(l);
-        }
-      } else {
-        const float *cells = (const float *)t->products[p] + from;
-        for (int64_t c = 0; c < to - from; c++) high[p][c] = low[p][c] = cells[start * t->ld + c];
-        for (int64_t r = start + 1; r < stop; r++)
-          for (int64_t c = 0; c < to - from; c++) {
-            float value = cells[r * t->ld + c];
-            high[p][c] = value > high[p][c] ? value : high[p][c];
-            low[p][c] = value < low[p][c] ? value : low[p][c];
-          }
-      }
-    }
+    for (int64_t p = 0; p < P; p++) column_bounds(t, p, start, stop, from, to - from, high[p], low[p], bf16);
     for (int64_t query = from; query < to; query++) {
-      const float *weights = b->scan_weights + query * P * K, *need = b->need + query * K;
-      int64_t c = query - from;
-      int32_t any = 0;
-      for (int64_t key = 0; key < K; key++) sums[key] = 0;
-      for (int64_t p = 0; p < P; p++)
-        for (int64_t key = 0; key < K; key++) {
-          float w = weights[p * K + key];
-          sums[key] += w * (w >= 0 ? high[p][c] : low[p][c]);
-        }
-      for (int64_t key = 0; key < K; key++) any |= sums[key] >= need[key];
-      if (!any) continue;
+      for (int64_t p = 0; p < P; p++) up[p] = high[p][query - from], down[p] = low[p][query - from];
+      if (!reaches(b, query, up, down)) continue;
       for (int64_t r = start; r < stop; r++) {
-        for (int64_t key = 0; key < K; key++) sums[key] = lows[key] = 0;
         for (int64_t p = 0; p < P; p++) {
-          float value = bf16 ? from_bfloat16(((const uint16_t *)t->products[p])[r * t->ld + query])
-                             : ((const float *)t->products[p])[r * t->ld + query];
-          float width = t->rho * fabsf(value), up = value + width, down = value - width;
-          for (int64_t key = 0; key < K; key++) {
-            float w = weights[p * K + key];
-            sums[key] += w * (w >= 0 ? up : down);
-            lows[key] += w * (w >= 0 ? down : up);
-          }
+          values[p] = bf16 ? from_bfloat16(((const uint16_t *)t->products[p])[r * t->ld + query])
+                           : ((const float *)t->products[p])[r * t->ld + query];
+          float width = b->rho * fabsf(values[p]);
+          up[p] = values[p] + width, down[p] = values[p] - width;
         }
-        any = 0;
-        for (int64_t key = 0; key < K; key++) any |= sums[key] >= need[key];
-        if (!any) continue;
-        for (int64_t key = 0; key < K; key++) {
-          int64_t list = query * K + key;
-          if (!(sums[key] >= need[key])) continue;
-          if (push(b, t->block, query, list, t->first_row + r, lows[key], sums[key], scratch) < 0) return -1;
-        }
+        if (reaches(b, query, up, down) && push(b, t->block, query, t->first_row + r, values, scratch) < 0) return -1;
       }
     }
   }
@@ -471,28 +498,27 @@ INLINE int scan_weighted(const Tile *t, int64_t from, int64_t to, float *scratch
 }
 
 static FAST int scan_range(const Tile *t, int64_t from, int64_t to, int32_t bf16) {
-  float *scratch = malloc((size_t)t->batch->capacity * 4);
+  Batch *b = t->batch;
+  float *scratch = malloc((size_t)b->capacity * 2 * sizeof(float));
   int failed = scratch == NULL;
-  if (!failed) begin_tile(t->batch, t->stats, from, to);
+  if (!failed) begin_tile(b, t->stats, from, to);
   for (int64_t first = from; first < to && !failed; first += MAX_COLUMNS) {
     int64_t last = first + MAX_COLUMNS < to ? first + MAX_COLUMNS : to;
-    if (t->batch->direct) {
-      for (int64_t key = 0; key < t->batch->num_keys && !failed; key++)
-        failed = bf16 ? scan_direct(t, key, first, last, scratch, 1) : scan_direct(t, key, first, last, scratch, 0);
-    } else {
+    if (b->num_products == 1)
+      failed = bf16 ? scan_single(t, first, last, scratch, 1) : scan_single(t, first, last, scratch, 0);
+    else
       failed = bf16 ? scan_weighted(t, first, last, scratch, 1) : scan_weighted(t, first, last, scratch, 0);
-    }
   }
   free(scratch);
   return failed ? -1 : 0;
 }
 
 static FAST int settle_range(Batch *b, const Block *block, int64_t from, int64_t to) {
-  float *scratch = malloc((size_t)b->capacity * 4);
+  float *scratch = malloc((size_t)b->capacity * 2 * sizeof(float));
   int failed = scratch == NULL;
   for (int64_t query = from; query < to && !failed; query++) {
-    for (int64_t key = 0; key < b->num_keys; key++) shrink(b, query * b->num_keys + key, scratch);
-    failed = settle(b, block, query);
+    shrink(b, query, scratch);
+    failed = settle(b, block, query, scratch);
   }
   free(scratch);
   return failed ? -1 : 0;
@@ -514,7 +540,7 @@ EXPORT int64_t cast_rows(const Block *block, int64_t from, int64_t to, int64_t d
 #pragma omp critical
     {
       if (found >= 0 && (bad < 0 || found < bad)) bad = found;
-      for (int i = 0; i < 3; i++) stats[i] = fmaxf(stats[i], own[i]);
+      for (int i = 0; i < 3; i++) stats[i] = larger(stats[i], own[i]);
     }
   }
   return bad;

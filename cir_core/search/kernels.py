@@ -44,14 +44,27 @@ class _Block(ctypes.Structure):
     )
 
 
-_SIZES = ("num_queries", "num_keys", "num_products", "num_parts", "k", "capacity", "dim")
-_ARRAYS = ("bar", "slack", "need", "count", "low", "high", "row", "best_score", "best_index", "num_exact")
+_SIZES = ("num_queries", "num_keys", "num_products", "num_parts", "k", "capacity", "dim", "lanes")
+_LANES = 16  # keys that the scan works on at a time
+_ARRAYS = (
+    "bar",
+    "slack",
+    "slack_max",
+    "need",
+    "count",
+    "limit",
+    "value",
+    "row",
+    "best_score",
+    "best_index",
+    "num_exact",
+)
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
-        ("direct", ctypes.c_int32),
+        ("rho", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("scan_weights", "slack_terms", "queries", "weights", "offsets")),
         ("excluded", ctypes.c_void_p),
         ("num_excluded", ctypes.c_int64),
@@ -68,7 +81,6 @@ class _Tile(ctypes.Structure):
         ("num_rows", ctypes.c_int64),
         ("first_row", ctypes.c_int64),
         ("group", ctypes.c_int64),
-        ("rho", ctypes.c_float),
         ("stats", ctypes.c_float * 3),
     )
 
@@ -98,22 +110,26 @@ class Rows:
 class Batch:
     """The lists of a batch of queries, and what is known of their bounds; see kernels.c for every array."""
 
-    def __init__(self, *, k: int, capacity: int, direct: bool, group: int, arrays: dict[str, _Array]) -> None:
-        num_products, num_queries, num_keys = arrays["scan_weights"].transpose(1, 0, 2).shape
+    def __init__(self, *, k: int, capacity: int, group: int, rho: float, arrays: dict[str, _Array]) -> None:
+        num_queries, num_products, num_keys = arrays["scan_weights"].shape
         num_parts, _, dim = arrays["queries"].shape
+        lanes = -(-num_keys // _LANES) * _LANES
         self.num_queries, self.group = num_queries, group
-        lists = (num_queries, num_keys)
+        scan_weights = np.zeros((num_queries, num_products, lanes), np.float32)
+        scan_weights[:, :, :num_keys] = arrays["scan_weights"]
         self.arrays = arrays | {
-            "slack": np.zeros(lists, np.float32),
-            "need": np.zeros(lists, np.float32),
-            "count": np.zeros(lists, np.int32),
-            "low": np.empty((*lists, capacity), np.float32),
-            "high": np.empty((*lists, capacity), np.float32),
-            "row": np.empty((*lists, capacity), np.int32),
+            "scan_weights": scan_weights,
+            "slack": np.zeros((num_queries, num_keys), np.float32),
+            "slack_max": np.zeros((num_queries, num_keys), np.float32),
+            "need": np.full((num_queries, lanes), np.inf, np.float32),
+            "count": np.zeros(num_queries, np.int32),
+            "limit": np.full(num_queries, min(2 * k, capacity), np.int32),
+            "value": np.empty((num_queries, num_products, capacity), np.float32),
+            "row": np.empty((num_queries, capacity), np.int32),
             "num_exact": np.zeros(num_queries, np.int64),
         }
-        sizes = (num_queries, num_keys, num_products, num_parts, k, capacity, dim)
-        self.c = _Batch(**dict(zip(_SIZES, sizes, strict=True)), direct=direct)
+        sizes = (num_queries, num_keys, num_products, num_parts, k, capacity, dim, lanes)
+        self.c = _Batch(**dict(zip(_SIZES, sizes, strict=True)), rho=rho)
         for name, array in self.arrays.items():
             if not array.flags.c_contiguous:
                 raise ValueError(f"{name} must be contiguous")
@@ -130,13 +146,10 @@ def _checked(failed: int) -> None:
         raise CirError("the search ran out of memory for its candidates: search fewer queries or weightings at a time")
 
 
-def scan_tile(
-    batch: Batch, rows: Rows, products: list[Tensor], *, first_row: int, rho: float, stats: tuple[float, ...]
-) -> None:
+def scan_tile(batch: Batch, rows: Rows, products: list[Tensor], *, first_row: int, stats: tuple[float, ...]) -> None:
     """Take in the scan of rows first_row .. first_row + n - 1 of a block.
 
-    products: one [n, Q] a product, bfloat16 or float32, contiguous along Q. rho: relative error of their rounding beyond
-    what the slack terms hold. stats: the largest residual, scanned norm and row norm of these rows.
+    products: one [n, Q] a product, bfloat16 or float32, contiguous along Q. stats: the largest residual, scanned norm and row norm of these rows.
     """
     pointers = (ctypes.c_void_p * len(products))(*(product.data_ptr() for product in products))
     num_rows, ld = len(products[0]), products[0].stride(0)
@@ -148,7 +161,6 @@ def scan_tile(
         num_rows=num_rows,
         first_row=first_row,
         group=batch.group,
-        rho=rho,
         stats=stats,
     )
     bf16 = ctypes.c_int32(products[0].dtype == torch.bfloat16)
