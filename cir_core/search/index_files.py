@@ -71,6 +71,7 @@ class IndexSettings:
             raise CirError(f"approximate search: unknown kind {kind!r}; known: {', '.join(KINDS)}")
         _only_of(kind, ivf={"nlist": nlist, "train_rows": train_rows},
                  hnsw={"hnsw_m": hnsw_m, "ef_construction": ef_construction})  # fmt: skip
+        in_range("seed", seed, 0, 2**31 - 1)
         if num_rows < 1:
             raise CirError("approximate search: the shard has no rows; there is nothing to index")
         if kind == "hnsw":
