@@ -128,7 +128,7 @@ class BatchRetrieveConfig(JobConfig):
         None, description="ivf: rows of a shard that k-means sees; empty: 64 a list, at most all."
     )
     nprobe: PositiveInt | None = Field(
-        None, description="ivf: lists a query looks into; nlist of them: exact. Empty: a sixteenth, at least 8."
+        None, description="ivf: lists a query looks into; nlist of them: exact. Empty: an eighth, at least 16."
     )
     hnsw_m: PositiveInt | None = Field(
         None, description="hnsw: links of an image, doubled on the ground level; empty: 32."

@@ -50,9 +50,9 @@ _TINY = 1e-15  # stands in for what underflow takes from a norm, as in scan.py
 
 
 def default_depth(settings: IndexSettings, k: int) -> int:
-    """Return how deep a search for k results looks: a sixteenth of the lists, at least 8; or max(128, 2k) candidates."""
+    """Return how deep a search for k results looks: an eighth of the lists, at least 16; or max(128, 2k) candidates."""
     if settings.kind == "ivf":
-        return min(settings.nlist, max(8, -(-settings.nlist // 16)))
+        return min(settings.nlist, max(16, -(-settings.nlist // 8)))
     return max(128, 2 * k)
 
 

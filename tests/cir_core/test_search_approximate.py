@@ -317,7 +317,7 @@ def test_defaults_follow_the_size_of_a_shard():
     small, large = (IndexSettings.derived("ivf", rows) for rows in (30, 1_000_000))
     assert (small.nlist, small.train_rows) == (1, 30)
     assert (large.nlist, large.train_rows) == (4000, 256_000)
-    assert (default_depth(small, 60), default_depth(large, 60)) == (1, 250)
+    assert (default_depth(small, 60), default_depth(large, 60)) == (1, 500)
     graph = IndexSettings.derived("hnsw", 1000)
     assert (graph.hnsw_m, graph.ef_construction, default_depth(graph, 60), default_depth(graph, 100)) == (
         32,
