@@ -4,7 +4,7 @@ An index over a shard looks at a part of its rows (`depth`: inverted lists or gr
 scored and ordered as exact search does, (-score, gallery index), from the very same float32 rows. So a list differs from
 the exact one only by images that were not looked at, lists of shards are merged by `merge_top_k`, and an ivf index that
 looks into all its lists gives exact search's result, bit for bit: FAISS adds in float32 in an order of its own, so it is
-asked again for more as long as a row it left out could still, within the error bound of scan.py, belong in the list.
+asked again for more as long as a row it left out could still, within the error bound of float32 products, belong in the list.
 
 What was not found is what has to be known: `recall_of_exact` compares with exact search on a sample of the same queries,
 and no job of ours reports approximate results without it.
@@ -28,9 +28,10 @@ from torch import Tensor
 
 from cir_core.metrics import Interval
 from cir_core.schema import CirError
-from cir_core.search import IndexLists, subset_top_k
+from cir_core.search import subset_top_k
 from cir_core.search.faiss_index import Rows, ShardIndex, one_thread
 from cir_core.search.index_files import IndexSettings, in_range
+from cir_core.search.queries import IndexLists
 from cir_core.search.top_k import TopK
 
 __all__ = [
@@ -46,7 +47,7 @@ __all__ = [
 Key = TypeVar("Key", bound=Hashable)
 Numbers = npt.NDArray[np.int64]
 _QUERIES_AT_ONCE = 256  # times k rows of D float32 are held: 30 MB for k = 60, D = 512
-_TINY = 1e-15  # stands in for what underflow takes from a norm, as in scan.py
+_TINY = 1e-15  # stands in for what underflow takes from a norm
 
 
 def default_depth(settings: IndexSettings, k: int) -> int:
@@ -110,7 +111,7 @@ class _Chunk:
         self.indices = torch.full((len(image), k), -1, dtype=torch.int64)
 
     def _margin(self, parts: Sequence[Tensor]) -> npt.NDArray[np.float64]:
-        """float64[Q]: how far FAISS's score of a row and the exact one can lie apart (the bound of scan.py)."""
+        """float64[Q]: how far FAISS's score of a row and the exact one can lie apart: see scan.py."""
         n = (self.index.dim + 8) * 2.0**-24
         composed = np.linalg.norm(self.composed.astype(np.float64), axis=1) + _TINY
         whole = sum(part.norm(dim=1).numpy() for part in parts)  # large weights may cancel; float64 rounds that
