@@ -7,6 +7,7 @@
     ray job submit -- python jobs/batch_retrieve.py --benchmark fashioniq --root data/fashionIQ_dataset --alpha 0.8 \
         --protocol '{"category": ["dress", "shirt"], "gallery": ["original", "val"]}'   # a list runs each of its values
     ray job submit -- python jobs/batch_retrieve.py --benchmark custom --queries s3://b/queries/ --gallery s3://b/store
+    ray job submit -- python jobs/batch_retrieve.py --benchmark custom ... --approximate ivf --nprobe 64  # recall is reported
     python jobs/batch_retrieve.py --help                                   # every setting
 
 The gallery's embedding stores are made if absent and reused by identity. alpha is given, or chosen on one split and
@@ -31,7 +32,10 @@ from jobs.session import check_resources, connect, run, say
 
 Method = Literal["image_only", "text_only", "sum", "nlerp", "slerp", "score_fusion"]
 NEWEST, NONE = "newest", "none"
-_FOR_CATALOGUES = ("queries", "gallery", "queries_per_part", "max_rejects", "gallery_images")
+_FOR_CATALOGUES = (
+    "queries", "gallery", "queries_per_part", "max_rejects", "gallery_images", "approximate", "nlist", "train_rows",
+    "nprobe", "hnsw_m", "ef_construction", "ef_search", "recall_queries",
+)  # fmt: skip
 
 
 class BatchRetrieveConfig(JobConfig):
@@ -112,6 +116,32 @@ class BatchRetrieveConfig(JobConfig):
     )
     k: PositiveInt = Field(60, description="Length of the rankings; at least the benchmark's deepest metric.")
     num_shards: PositiveInt = Field(2, description="Tasks that share the gallery; the result does not depend on it.")
+    approximate: Literal["ivf", "hnsw"] | None = Field(
+        None,
+        description="With 'custom': search a FAISS index of each shard instead of every image. Its recall against exact search "
+        "is measured and reported in every run. Needs pip install 'slerp-tat[ann]'.",
+    )
+    nlist: PositiveInt | None = Field(
+        None, description="ivf: inverted lists of a shard; empty: 4 sqrt(rows), at least 39 rows a list."
+    )
+    train_rows: PositiveInt | None = Field(
+        None, description="ivf: rows of a shard that k-means sees; empty: 64 a list, at most all."
+    )
+    nprobe: PositiveInt | None = Field(
+        None, description="ivf: lists a query looks into; nlist of them: exact. Empty: an eighth, at least 16."
+    )
+    hnsw_m: PositiveInt | None = Field(
+        None, description="hnsw: links of an image, doubled on the ground level; empty: 32."
+    )
+    ef_construction: PositiveInt | None = Field(
+        None, description="hnsw: candidates held while an image is linked; empty: 200."
+    )
+    ef_search: PositiveInt | None = Field(
+        None, description="hnsw: candidates held while a query walks the graph; empty: the larger of 128 and 2 k."
+    )
+    recall_queries: int = Field(
+        200, ge=1, le=10_000, description="With --approximate: queries, drawn by --seed, that exact search answers too."
+    )
     batch_size: PositiveInt = Field(256, description="Images per encoder call.")
     num_encoders: PositiveInt = Field(1, description="Actors that embed a missing gallery.")
     use_gpu: bool = Field(False, description="One GPU per encoder.")

@@ -6,13 +6,14 @@ that lie outside are encoded, every share of the gallery is searched, and one ta
     results/<method>/part-00000.parquet   result lists of every alpha
     per_query/part-00000.parquet          ranks of the targets, where the queries have some
     rejects/part-00000.parquet            queries whose reference picture cannot be used
+    sample/part-00000.safetensors         of approximate search, the queries that exact search answers too
     _progress/part-00000.json             counts and scores; a part with one is finished
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +30,9 @@ from cir_core.encoders import load_encoder
 from cir_core.evaluation import save_ranking, score_part
 from cir_core.schema import REJECT_SCHEMA, CirError, Query, Ranking, Reject
 from cir_core.search import TopK
+from jobs.catalogue_approximate import ApproximateSearch
 from jobs.catalogue_lookup import Found, look_up, read_part
+from jobs.catalogue_recall import sample_uri, save_sample
 from jobs.decoding import fetch_images
 from jobs.retrieval import GallerySearch, Setting, Tile
 
@@ -197,8 +200,10 @@ def _check_found(queries: Sequence[Query], held: Any, members: Any) -> None:
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def write_part(run: CatalogueRun, number: int, prepared: Prepared, answers: dict[Setting, TopK]) -> dict[str, Any]:
-    """Write all files of a part, its marker last; return the marker's content."""
+def write_part(
+    run: CatalogueRun, number: int, prepared: Prepared, answers: dict[Setting, TopK], num_sampled: int
+) -> dict[str, Any]:
+    """Write all files of a part, its marker last; return the marker's content. num_sampled: queries in its sample, kept."""
     rows = np.flatnonzero(prepared.kept)
     queries = [prepared.queries[row] for row in rows]
     sizes = np.array(prepared.ranked_sizes)[rows]
@@ -225,6 +230,7 @@ def write_part(run: CatalogueRun, number: int, prepared: Prepared, answers: dict
         "num_answered": len(queries),
         "num_rejects": len(prepared.rejects),
         "num_truncated": prepared.num_truncated,
+        "num_sampled": num_sampled,
         "size_bytes": written,
         "scores": scores,
     }
@@ -259,8 +265,16 @@ def _rankings(
 class PartPipeline:
     """Starts parts: everything between a slice and its marker is a chain of tasks; nothing comes to the driver."""
 
-    def __init__(self, run: CatalogueRun, search: GallerySearch, encoders: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        run: CatalogueRun,
+        search: GallerySearch | ApproximateSearch,
+        encoders: Sequence[Any],
+        sample_sizes: Mapping[int, int],
+        seed: int,
+    ) -> None:
         self.run, self.search, self.encoders = run, search, encoders
+        self.sample_sizes, self.seed = sample_sizes, seed
         self.run_ref = ray.put(run)
 
     def start(self, number: int, part: QuerySlice) -> Any:
@@ -271,4 +285,8 @@ class PartPipeline:
         where = files.redact(part.uri)
         tile, prepared = encoder.encode.options(num_returns=2).remote(self.run_ref, where, queries, *found)
         answers = self.search.start(tile, list(self.run.settings), self.run.k)
-        return write_part.remote(self.run_ref, number, prepared, answers)
+        num_sampled: Any = 0
+        if size := self.sample_sizes.get(number, 0):
+            uri = sample_uri(self.run.folder, number)
+            num_sampled = save_sample.remote(uri, size, [self.seed, number], tile, prepared, answers)
+        return write_part.remote(self.run_ref, number, prepared, answers, num_sampled)

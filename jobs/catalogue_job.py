@@ -20,7 +20,13 @@ from cir_core.schema import CirError
 from cir_core.shards import list_shards
 from jobs import tracking
 from jobs.catalogue import CatalogueRun, EncoderChoice, PartPipeline, QueryEncoder, label
+from jobs.catalogue_approximate import (
+    ApproximatePlan,
+    ApproximateSearch,
+    plan_approximate,
+)
 from jobs.catalogue_checks import CheckedQueries, check_queries
+from jobs.catalogue_recall import measure_recall, sample_sizes, sample_uri
 from jobs.catalogue_report import publish, results_table, write_sheet
 from jobs.config import flat_parameters, public
 from jobs.decoding import embedding_resources
@@ -48,6 +54,7 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
     check_writable(absolute(config.storage_path), "storage_path")
     with files.patience(CHECK_S):
         uris, store, removed = _inputs(config)
+        plan = plan_approximate(config, store)
     choice = choose_encoder(config, store, tracking_uri)
     connect()
     check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))
@@ -59,9 +66,11 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
         decode=choice.decode,
     )
     checked = check_queries(uris, store, part_rows=config.queries_per_part, reference_removed=removed)
+    if plan and checked.counts.have_subsets:
+        raise CirError("--approximate: queries with subset_ids rank only those, always exactly; leave it out")
     info = ray.get(describing)
     check_encoder(store, info)
-    run, folder = _claim(config, store, checked, info, removed)
+    run, folder = _claim(config, store, checked, info, removed, plan)
     recorded = folder.path("mlflow.json")
     tracker = tracking.Tracker.start(
         tracking_uri,
@@ -76,11 +85,14 @@ def answer_queries(config: BatchRetrieveConfig) -> None:
     say(
         f"run {folder.name}: {counts.num_queries} queries in {len(uris)} files and {len(checked.parts)} parts, "
         f"{counts.num_empty_captions} with an empty caption; {store.num_rows} gallery images; "
-        f"settings {', '.join(label(*key) for key in run.settings)}\nMLflow: {tracker.page}"
+        f"settings {', '.join(label(*key) for key in run.settings)}\n"
+        + (f"{plan.described}\n" if plan else "")
+        + f"MLflow: {tracker.page}"
     )
     try:
-        speed = _answer_all(config, run, checked, choice)
-        result = _commit(config, folder, run, checked, info)
+        speed = _answer_all(config, run, checked, choice, plan)
+        approximate = _measured(config, run, plan) if plan else {}
+        result = _commit(config, folder, run, checked, info, approximate)
         write_sheet(config, run, checked.parts, folder)
     except BaseException:
         tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
@@ -182,7 +194,12 @@ def _settings(config: BatchRetrieveConfig) -> tuple[Setting, ...]:
 
 
 def _claim(
-    config: BatchRetrieveConfig, store: EmbeddingStore, checked: CheckedQueries, info: ModelInfo, removed: bool
+    config: BatchRetrieveConfig,
+    store: EmbeddingStore,
+    checked: CheckedQueries,
+    info: ModelInfo,
+    removed: bool,
+    plan: ApproximatePlan | None,
 ) -> tuple[CatalogueRun, RunFolder]:
     """Take the run's folder for what decides its results; its name is made of that."""
     settings = _settings(config)
@@ -197,6 +214,7 @@ def _claim(
         "adapter_digest": info.details.adapter_digest or "",
         "preprocessing": info.details.preprocessing_tag,
         "precision": _precision(config),
+        **({"search": plan.described} if plan else {}),
     }
     claim = made | {
         "queries": checked.digest,
@@ -204,6 +222,7 @@ def _claim(
         "queries_per_part": config.queries_per_part,
         "settings": [list(key) for key in settings],
         "k": config.k,
+        **({"approximate": plan.claim} if plan else {}),
     }
     digest = hashlib.sha256(json.dumps(claim, sort_keys=True).encode()).hexdigest()
     folder = RunFolder(config.storage_path, "batch_retrieve", config.name or f"custom-{digest[:12]}")
@@ -230,7 +249,7 @@ def _precision(config: BatchRetrieveConfig) -> str:
 
 
 def finished_parts(run: CatalogueRun) -> dict[int, dict[str, Any]]:
-    """Return the markers of the parts whose files are there, whole."""
+    """Return the markers of the parts whose result files, and share of a sample, are there, whole."""
     progress = files.join(run.folder, "_progress")
     if not files.exists(progress):
         return {}
@@ -246,30 +265,37 @@ def finished_parts(run: CatalogueRun) -> dict[int, dict[str, Any]]:
             sizes.get(f"{method}/part-{marker['part']:05d}.parquet") == size
             for method, size in marker["size_bytes"].items()
         )
+        and (not marker.get("num_sampled") or files.exists(sample_uri(run.folder, marker["part"])))
     }
 
 
 def _answer_all(
-    config: BatchRetrieveConfig, run: CatalogueRun, checked: CheckedQueries, choice: EncoderChoice
-) -> float:
-    """Answer the parts that are not finished; return queries per second."""
+    config: BatchRetrieveConfig,
+    run: CatalogueRun,
+    checked: CheckedQueries,
+    choice: EncoderChoice,
+    plan: ApproximatePlan | None,
+) -> dict[str, float]:
+    """Answer the parts that are not finished; return queries per second, and the seconds that indexes took."""
     done = finished_parts(run)
     if 0 <= config.max_rejects < sum(marker["num_rejects"] for marker in done.values()):
         done = {number: marker for number, marker in done.items() if not marker["num_rejects"]}  # repaired, perhaps
     todo = [number for number in range(len(checked.parts)) if number not in done]
     if not todo:
         say(f"all {len(done)} parts are finished")
-        return 0.0
+        return {}
     if done:
         say(f"{len(done)} of {len(checked.parts)} parts are finished, going on with the rest")
     total = sum(checked.parts[number].num_queries for number in todo)
     rejects = sum(marker["num_rejects"] for marker in done.values())
+    search = ApproximateSearch(plan) if plan else _exact(config, run)
+    measured = {"index_seconds": search.prepare()} if isinstance(search, ApproximateSearch) else {}
     actor = ray.remote(max_restarts=5, max_task_retries=5)(QueryEncoder)
     pool = actor.options(num_cpus=0.5, num_gpus=1 if config.use_gpu else 0)
     encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
-    pipeline = PartPipeline(
-        run, GallerySearch(Gallery(run.store, alpha=config.gallery_alpha), config.num_shards), encoders
-    )
+    per_part = [part.num_queries for part in checked.parts]
+    sizes = sample_sizes(per_part, plan.recall_queries, plan.seed) if plan else {}
+    pipeline = PartPipeline(run, search, encoders, sizes, config.seed)
     started, last, answered = time.perf_counter(), 0.0, 0
     try:
         for marker in _completed(pipeline, checked, todo, len(encoders) + 2):
@@ -286,7 +312,25 @@ def _answer_all(
     finally:
         for encoder in encoders:
             ray.kill(encoder)  # their CPUs and GPUs are free at once, also after an error
-    return answered / max(time.perf_counter() - started, 1e-9)
+        if isinstance(search, ApproximateSearch):
+            search.close()
+    return measured | {"queries_per_second": answered / max(time.perf_counter() - started, 1e-9)}
+
+
+def _exact(config: BatchRetrieveConfig, run: CatalogueRun) -> GallerySearch:
+    return GallerySearch(Gallery(run.store, alpha=config.gallery_alpha), config.num_shards)
+
+
+def _measured(config: BatchRetrieveConfig, run: CatalogueRun, plan: ApproximatePlan) -> dict[str, Any]:
+    """Return how was searched, and for each setting the recall against exact search that was measured for it."""
+    markers = finished_parts(run)
+    described = {"search": plan.described, "index": plan.folder}
+    if not any(marker["num_answered"] for marker in markers.values()):
+        return {**described, "num_sampled": 0, "recall": {}}
+    parts = sorted(number for number, marker in markers.items() if marker["num_sampled"])
+    found = measure_recall(plan.gallery, run.folder, parts, run.settings, k=run.k, num_shards=config.num_shards)
+    recall = {label(*key): one for key, one in zip(run.settings, found["recall"], strict=True)}
+    return {**described, "num_sampled": found["num_sampled"], "recall": recall}
 
 
 def _completed(
@@ -313,7 +357,12 @@ def _limit_rejects(config: BatchRetrieveConfig, run: CatalogueRun, rejects: int)
 
 
 def _commit(
-    config: BatchRetrieveConfig, folder: RunFolder, run: CatalogueRun, checked: CheckedQueries, info: ModelInfo
+    config: BatchRetrieveConfig,
+    folder: RunFolder,
+    run: CatalogueRun,
+    checked: CheckedQueries,
+    info: ModelInfo,
+    approximate: dict[str, Any],
 ) -> dict[str, Any]:
     """Check that every query is answered or rejected, and mark the run as finished; return what is recorded."""
     markers = finished_parts(run)
@@ -352,6 +401,7 @@ def _commit(
         "adapter": info.adapter,
         **run.made,
         "scores": scores,
+        **({"approximate": approximate} if approximate else {}),
         "code_version": code_version(),
     }
     folder.commit(result)

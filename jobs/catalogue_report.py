@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -102,16 +102,19 @@ def _gallery_pictures(uri: str, wanted: set[str]) -> dict[str, bytes | None]:
 
 
 def publish(
-    tracker: tracking.Tracker, folder: RunFolder, run: CatalogueRun, result: dict[str, Any], queries_per_second: float
+    tracker: tracking.Tracker, folder: RunFolder, run: CatalogueRun, result: dict[str, Any], speed: Mapping[str, float]
 ) -> None:
-    """Log counts, scores, the contact sheet and a sample of the results, and close the run."""
+    """Log counts, speed, scores, what approximate search found, the contact sheet and a sample, and close the run."""
     counts = {key: float(value) for key, value in result.items() if key.startswith("num_")}
-    if queries_per_second:
-        counts["queries_per_second"] = queries_per_second
-    tracker.log_metrics(counts)
+    tracker.log_metrics(counts | dict(speed))
     for setting, scores in result["scores"].items():
         name = setting.replace("@", "_at_")
         tracker.log_metrics({f"{name}/{metric}": mean for metric, (mean, _, _) in scores.items()})
+    for setting, measured in result.get("approximate", {}).get("recall", {}).items():
+        name = setting.replace("@", "_at_")
+        for metric, interval in measured.items():
+            shown = zip(("", "_low", "_high"), interval, strict=True)
+            tracker.log_metrics({f"{name}/{metric}{which}": value for which, value in shown})
     tracker.log_table(_sample(run), "results_sample.json")
     with tempfile.TemporaryDirectory() as local:
         for file in ("result.json", _SHEET):
@@ -138,6 +141,13 @@ def results_table(result: dict[str, Any], folder: RunFolder, page: str) -> None:
     for setting, scores in result["scores"].items():
         for metric, (mean, low, high) in scores.items():
             table.add_row(f"{setting} {metric}", f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+    approximate = result.get("approximate", {})
+    for setting, measured in approximate.get("recall", {}).items():
+        for metric, (mean, low, high) in measured.items():
+            table.add_row(f"{setting} {metric}", f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+    if approximate:
+        table.add_row("search", approximate["search"])
+        table.add_row("recall measured on", f"{approximate['num_sampled']} queries, against exact search")
     console = Console(width=140)
     console.print(table)
     say(f"results: {public(folder.path('results'))}\nMLflow: {page}")

@@ -296,3 +296,101 @@ def test_query_ids_are_unique_across_files(servers, shop, tmp_path):
     refused = answer(servers, shop, tmp_path, "shared")
     assert refused.returncode == 2
     assert "b.jsonl: query id 'both' is also in" in refused.stderr
+
+
+ALL_LISTS = ("--approximate", "ivf", "--nlist", "4", "--nprobe", "4", "--recall_queries", "15")
+
+
+def folder_of(servers, name):
+    return servers.storage / "batch_retrieve" / name
+
+
+@pytest.mark.long
+def test_approximate_search_is_measured_and_its_indexes_are_kept(servers, shop, many):
+    whole = answer(servers, shop, shop / "queries.parquet", "all-lists", *PARTS, *ALL_LISTS)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert lists(servers, "all-lists") == lists(servers, "many")
+    result = json.loads((folder_of(servers, "all-lists") / "result.json").read_text())
+    found = result.pop("approximate")
+    assert found["num_sampled"] == 15
+    assert [mean for mean, _, _ in found["recall"]["slerp@0.8"].values()] == [1.0, 1.0, 1.0]
+    assert "slerp@0.8 recall_of_exact@60" in whole.stdout
+    assert "3 indexes made, 0 loaded" in whole.stdout
+    exact = json.loads((many / "result.json").read_text())
+    assert result["scores"] == exact["scores"]
+
+    some = ("--approximate", "ivf", "--nlist", "4", "--nprobe", "1", "--recall_queries", "1000", "--k", "5")
+    one = answer(servers, shop, shop / "queries.parquet", "one-list", *PARTS, *some)
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert "0 indexes made, 3 loaded" in one.stdout
+    recorded = json.loads((folder_of(servers, "one-list") / "result.json").read_text())
+    measured = recorded["approximate"]["recall"]["slerp@0.8"]
+    best, mine = lists(servers, "many")[0.8], lists(servers, "one-list")[0.8]
+    assert recorded["approximate"]["num_sampled"] == len(best) == NUM_QUERIES
+    for k in (1, 5):
+        overlap = [len(dict(best[name][:k]).keys() & dict(mine[name][:k]).keys()) / k for name in best]
+        assert measured[f"recall_of_exact@{k}"][0] == pytest.approx(np.mean(overlap), abs=1e-12)
+    assert measured["recall_of_exact@5"][0] < 1
+    for name, results in mine.items():
+        exact_scores = dict(best[name])
+        assert all(score == exact_scores[one] for one, score in results if one in exact_scores)
+
+    before = (folder_of(servers, "one-list") / "result.json").read_bytes()
+    for lost in ("_progress/part-00002.json", "sample/part-00004.safetensors", "recall.json", "result.json"):
+        (folder_of(servers, "one-list") / lost).unlink()
+    again = answer(servers, shop, shop / "queries.parquet", "one-list", *PARTS, *some)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "4 of 6 parts are finished" in again.stdout
+    assert (folder_of(servers, "one-list") / "result.json").read_bytes() == before
+
+
+@pytest.mark.long
+def test_a_damaged_index_and_that_of_another_store_are_refused(servers, shop, tmp_path):
+    given = ("--approximate", "hnsw", "--hnsw_m", "5", "--num_shards", "1", "--storage_path", str(tmp_path / "own"))
+    assert answer(servers, shop, shop / "queries.jsonl", "graph", *given).returncode == 0
+    (marker,) = (tmp_path / "own" / "approximate_indexes").rglob("shard-00000.json")
+    data = marker.with_suffix(".safetensors")
+    sound, made = data.read_bytes(), marker.read_text()
+    data.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    refused = answer(servers, shop, shop / "queries.jsonl", "graph-2", *given)
+    assert refused.returncode == 2
+    assert "not the file that was written (checksum); remove it" in refused.stderr
+    data.write_bytes(sound)
+    identity = EmbeddingStore.open(str(shop / "store")).identity
+    marker.write_text(made.replace(identity, "0" * len(identity)))
+    refused = answer(servers, shop, shop / "queries.jsonl", "graph-2", *given)
+    assert refused.returncode == 2
+    assert "this approximate index was made of something else (store: '0000" in refused.stderr
+    marker.write_text(made)
+    assert answer(servers, shop, shop / "queries.jsonl", "graph-2", *given).returncode == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--nprobe", "3"), "--nprobe does nothing without --approximate ivf or hnsw"),
+        (("--approximate", "hnsw", "--nprobe", "3"), "--nprobe does nothing with --approximate hnsw"),
+        (("--approximate", "hnsw", "--nlist", "3"), "nlist is a setting of ivf, and the kind is hnsw"),
+        (("--approximate", "hnsw", "--ef_search", "59"), "ef_search must be a whole number from 60"),
+        (("--approximate", "ivf", "--nlist", "61"), "nlist must be a whole number from 1 to 40"),
+        (("--approximate", "ivf", "--nlist", "2", "--nprobe", "3"), "nprobe must be a whole number from 1 to 2"),
+        (("--approximate", "ivf", "--k", "121"), "--k 121 is more than the 120 images of the gallery"),
+        (("--approximate", "ivf", "--recall_queries", "0"), "recall_queries"),
+        (("--approximate", "flat"), "approximate"),
+    ],
+)
+def test_mistakes_of_approximate_search_are_found_before_work_starts(servers, shop, more, message):
+    refused = answer(servers, shop, shop / "queries.jsonl", "mistake", *more)
+    assert refused.returncode == 2, refused.stderr[-2000:]
+    assert message in refused.stderr
+    assert not folder_of(servers, "mistake").exists()
+
+
+@pytest.mark.long
+def test_subsets_are_not_searched_approximately(servers, shop, tmp_path):
+    ids = EmbeddingStore.open(str(shop / "store")).read_ids()
+    row = {"query_id": "q", "reference": ids[0], "subset_ids": ids[:9], "relative_caption": "red"}
+    refused = answer(servers, shop, write_jsonl(tmp_path / "queries.jsonl", [row]), "mistake", "--approximate", "ivf")
+    assert refused.returncode == 2
+    assert "queries with subset_ids rank only those, always exactly" in refused.stderr
