@@ -64,6 +64,12 @@ class TatTrainConfig(JobConfig):
         description="Embed all captions once, before training, and read these anchors with the images: the text tower does "
         "not run in training, and other runs over the same shards use the anchors again. Same losses to 1e-5 in fp32.",
     )
+    micro_batch_size: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Samples of a worker whose activations are held at once (gradient caching, arXiv 2101.06983): the same "
+        "gradients of the whole global batch, to rounding, in the memory of this many samples, for a second forward pass. "
+        "0: all of the worker's.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
     seed: int = Field(0, description="Seeds the shuffle, the adapter's start and dropout.")
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
