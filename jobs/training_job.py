@@ -44,7 +44,8 @@ _SHARD_ROWS = 1000  # of the generated shards
 # it necessary, and a run that had changed over would not end in the weights of one that had not been interrupted.
 _OPERATIONAL = ("num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "log_every_steps",
                 "max_failures", "name", "gradient_checkpointing", "micro_batch_size")  # fmt: skip
-_TUNING = ("weight_decay", "max_grad_norm", "temperature", "micro_batch_size", "gradient_checkpointing", "seed")
+_TUNING = ("weight_decay", "max_grad_norm", "temperature", "micro_batch_size", "gradient_checkpointing", "patch_dropout",
+           "seed")  # fmt: skip
 
 
 def find_data(config: TatTrainConfig) -> list[str]:
@@ -80,6 +81,7 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
         "steps": total,
         "loss": loss,
         "code_version": code_version(),
+        "extra": {"patch_dropout": config.patch_dropout},
     }
     return LoopSettings(
         run_uri=folder.uri,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cir_core.losses import Gather, contrastive_loss
 from cir_core.schema import CirError
 from cir_core.tuning.gradient_cache import backward_in_micro_batches, micro_batches
+from cir_core.tuning.image_tower import prepare_tower
 from cir_core.tuning.settings import TuningSettings
 from cir_core.tuning.state import load_state, state_bytes
 
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
 
 _NORM_TOLERANCE = 1e-3  # as the embedding store's: rounding is far below, a missing normalisation far above
-
-
-class _ImageTower(nn.Module):
-    """The image tower as the module that is trained: pixels in, unit embeddings out."""
-
-    def __init__(self, visual: nn.Module) -> None:
-        super().__init__()
-        self.visual = visual
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return F.normalize(self.visual(pixels).float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -68,9 +57,7 @@ class TextAnchoredTuner:
                 f"TAT trains an adapter of the image tower and nothing else; "
                 f"{'trainable outside it: ' + ', '.join(outside) if outside else 'no adapter is attached'}"
             )
-        if settings.gradient_checkpointing:
-            encoder.model.visual.set_grad_checkpointing(True)
-        self.tower = wrap(_ImageTower(encoder.model.visual))
+        self.tower = wrap(prepare_tower(encoder.model.visual, settings))
         self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=settings.lr, weight_decay=settings.weight_decay)
 
     def drop_text_tower(self) -> None:
