@@ -38,8 +38,9 @@ def inspect_model(
     preprocessing_mode: str | None = None,
     decode: str = "exact",
     lora: dict[str, Any] | None = None,
+    patch_dropout: float = 0.0,
 ) -> ModelInfo:
-    """Load a model as `load_encoder` does; with `lora`, attach a new adapter to this copy.
+    """Load a model as `load_encoder` does; with `lora`, attach a new adapter to this copy, and set patch dropout.
 
     Raises:
         CirError: any mistake in the arguments.
@@ -47,8 +48,10 @@ def inspect_model(
     encoder = load_encoder(model, pretrained, adapter, "cpu", preprocessing_mode=preprocessing_mode, decode=decode)
     if lora is not None:
         from cir_core.lora import attach_lora  # imports torch, as load_encoder does
+        from cir_core.tuning.image_tower import set_patch_dropout
 
         attach_lora(encoder.model, **lora)
+        set_patch_dropout(encoder.model.visual, patch_dropout)
     return ModelInfo(model, pretrained, adapter, encoder.details, encoder.preprocessing)
 
 

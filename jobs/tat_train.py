@@ -64,8 +64,19 @@ class TatTrainConfig(JobConfig):
         description="Embed all captions once, before training, and read these anchors with the images: the text tower does "
         "not run in training, and other runs over the same shards use the anchors again. Same losses to 1e-5 in fp32.",
     )
+    micro_batch_size: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Samples of a worker whose activations are held at once (gradient caching, arXiv 2101.06983): the same "
+        "gradients of the whole global batch, to rounding, in the memory of this many samples, for a second forward pass. "
+        "0: all of the worker's.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about a third slower.")
-    seed: int = Field(0, description="Seeds the shuffle, the adapter's start and dropout.")
+    patch_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="CHANGES THE METHOD: share of an image's patches left out in training (arXiv 2212.00794), for less work "
+        "per step; the paper's Text-Anchored-Tuning has none. Scoring always sees all patches.",
+    )
+    seed: int = Field(0, description="Seeds the shuffle, the adapter's start, dropout and patch dropout.")
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1, description="Training workers, or [min, max] to shrink and grow with the cluster."
     )
@@ -119,7 +130,8 @@ def main() -> None:
     """Read the settings and have a worker check the model while this process imports what training needs."""
     config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
     connect()
-    checking = inspect_model.remote(config.model, config.pretrained, lora=config.lora)
+    given = {"lora": config.lora, "patch_dropout": config.patch_dropout}
+    checking = inspect_model.remote(config.model, config.pretrained, **given)
     from jobs.training_job import tune
 
     tune(config, checking)

@@ -37,11 +37,15 @@ if TYPE_CHECKING:
 
 SCENES = "scenes"  # the value of --data that stands for generated pairs
 _SHARD_ROWS = 1000  # of the generated shards
-# Settings that say where and how often, not what: they may differ when a run is resumed. cache_text_anchors is none of
-# them: an anchor agrees with the text tower's answer in training only to rounding (another batch, another kernel), so
-# a run that had changed over would not end in the weights of one that had not been interrupted.
+# Settings that say where and how often, not what: they may differ when a run is resumed. micro_batch_size is one as
+# num_workers is: either changes how many rows pass the tower at once, so which dropout is drawn and how sums are rounded,
+# and nothing else; and who resumes with fewer workers or less memory needs both. cache_text_anchors is none of them: an
+# anchor agrees with the text tower's answer in training only to rounding (another batch, another kernel), no machine makes
+# it necessary, and a run that had changed over would not end in the weights of one that had not been interrupted.
 _OPERATIONAL = ("num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "log_every_steps",
-                "max_failures", "name", "gradient_checkpointing")  # fmt: skip
+                "max_failures", "name", "gradient_checkpointing", "micro_batch_size")  # fmt: skip
+_TUNING = ("weight_decay", "max_grad_norm", "temperature", "micro_batch_size", "gradient_checkpointing", "patch_dropout",
+           "seed")  # fmt: skip
 
 
 def find_data(config: TatTrainConfig) -> list[str]:
@@ -67,7 +71,7 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
         warmup_steps=int(config.warmup_fraction * total),
         precision=config.resolved_precision,
         lr=config.peak_lr,
-        **config.model_dump(include={"weight_decay", "max_grad_norm", "temperature", "gradient_checkpointing", "seed"}),
+        **config.model_dump(include=set(_TUNING)),
     )
     loss = {"name": "symmetric contrastive", "temperature": config.temperature, "global_batch_size": config.batch}
     tat = {
@@ -77,6 +81,7 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
         "steps": total,
         "loss": loss,
         "code_version": code_version(),
+        "extra": {"patch_dropout": config.patch_dropout},
     }
     return LoopSettings(
         run_uri=folder.uri,

@@ -13,6 +13,7 @@ from cir_core.lora.attach import (
     weights_digest,
 )
 from cir_core.lora.attention import SplitAttention, SplitQKV, fuse_attention, split_attention
+from cir_core.lora.class_token import last_block_for_class_token
 from cir_core.lora.export import export_merged, merge_adapter
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "export_merged",
     "fuse_attention",
     "has_adapter",
+    "last_block_for_class_token",
     "load_adapter",
     "local_adapter",
     "merge_adapter",

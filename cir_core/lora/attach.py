@@ -116,6 +116,9 @@ def wrap_tower(model: TwoTowerModel, config: LoraConfig, targets: Sequence[str])
     training = model.visual.training
     from peft import get_peft_model
 
+    from cir_core.lora.linear import LoraLinear  # imports peft, as this function does
+
+    config._register_custom_module({nn.Linear: LoraLinear})
     model.visual = get_peft_model(model.visual, config).train(training)
     return tuple(
         name.removeprefix("base_model.model.")

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from cir_core.losses import all_gather_with_grad, contrastive_loss
 from cir_core.schema import CirError
+from cir_core.tuning import backward_in_micro_batches, micro_batches
 
 ROWS, DIM, WIDTH, TEMPERATURE = 4, 6, 5, 0.07
 
@@ -129,6 +131,7 @@ VALID = {
     "uneven": [False] * 4 + [True, False, True, True] + [True] * 4,
     "none_valid": [False] * 12,
 }
+SIZES = (0, 1, 3)  # of the micro-batches of four rows; 0: without gradient caching
 
 
 class Towers(torch.nn.Module):
@@ -149,7 +152,8 @@ class Towers(torch.nn.Module):
 
 
 def loss_and_gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     found = {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": loss.detach().reshape(1)}
 
@@ -162,6 +166,25 @@ def one_process(num_rows: int, valid: list[bool]) -> dict[str, Tensor]:
     v, w, temperature = model(image, text)
     loss = open_clip_loss(v, w, 1 / temperature) if keep.any() else 0 * (v.sum() + w.sum() + temperature)
     return loss_and_gradients(model, loss)
+
+
+def cached_loss(model: torch.nn.parallel.DistributedDataParallel, image: Tensor, text: Tensor, size: int, **loss: Any):
+    """The loss and its gradients by gradient caching: both embeddings and the temperature side by side are "the" one."""
+    synchronised = []
+
+    def embed(rows: slice) -> Tensor:
+        v, w, temperature = model(image[rows], text[rows])
+        if torch.is_grad_enabled():
+            synchronised.append(model.require_backward_grad_sync)
+        return torch.cat([v, w, temperature.expand(len(v), 1)], dim=1)
+
+    def loss_of(all_of_it: Tensor) -> Tensor:
+        v, w = all_of_it[:, :WIDTH], all_of_it[:, WIDTH:-1]
+        return contrastive_loss(v, w, all_of_it[:, -1].mean(), **loss)
+
+    found = backward_in_micro_batches(embed, loss_of, micro_batches(len(image), size), no_sync=model.no_sync)
+    assert synchronised == [False] * (len(synchronised) - 1) + [True]  # gradients are averaged once
+    return found
 
 
 def worker(rank: int, folder: str) -> None:
@@ -179,11 +202,15 @@ def worker(rank: int, folder: str) -> None:
         rows = slice(rank * ROWS, (rank + 1) * ROWS)
         for name, valid in VALID.items() if rank < num_ranks else ():
             image, text = (x[rows] for x in batch(num_ranks * ROWS, seed=3))
-            model = torch.nn.parallel.DistributedDataParallel(Towers(), process_group=group)
-            v, w, temperature = model(image, text)
             gather = functools.partial(all_gather_with_grad, group=group)
-            loss = contrastive_loss(v, w, temperature, gather=gather, rank=rank, valid=torch.tensor(valid[rows]))
-            save_file(loss_and_gradients(model, loss), f"{folder}/{num_ranks}-{name}-{rank}.safetensors")
+            rest = {"gather": gather, "rank": rank, "valid": torch.tensor(valid[rows])}
+            for size in SIZES:
+                model = torch.nn.parallel.DistributedDataParallel(Towers(), process_group=group)
+                if size:
+                    loss = cached_loss(model, image, text, size, **rest)
+                else:
+                    loss = contrastive_loss(*model(image, text), **rest)
+                save_file(loss_and_gradients(model, loss), f"{folder}/{num_ranks}-{name}-{size}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -191,9 +218,9 @@ def test_two_and_three_processes_equal_one(tmp_path: Path) -> None:
     # This file is the worker's program: under importlib mode a spawned process cannot import it by name.
     workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(3)]
     assert [process.wait(timeout=500) for process in workers] == [0, 0, 0]
-    for num_ranks, (name, valid) in itertools.product((2, 3), VALID.items()):
+    for num_ranks, (name, valid), size in itertools.product((2, 3), VALID.items(), SIZES):
         expected = one_process(num_ranks * ROWS, valid)
-        found = [load_file(tmp_path / f"{num_ranks}-{name}-{rank}.safetensors") for rank in range(num_ranks)]
+        found = [load_file(tmp_path / f"{num_ranks}-{name}-{size}-{rank}.safetensors") for rank in range(num_ranks)]
         loss = torch.stack([part["loss"] for part in found]).mean(0)
         torch.testing.assert_close(loss, expected.pop("loss"), atol=1e-6, rtol=1e-6)
         assert expected.keys() == {"linear.weight", "linear.bias", "temperature"}

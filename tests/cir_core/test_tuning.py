@@ -80,7 +80,7 @@ def test_a_model_without_an_adapter_is_refused(tiny_model_dir):
 
 def test_the_rate_warms_up_and_falls_to_nothing(tiny_model_dir):
     one = tuner(tiny_model_dir, total_steps=100, warmup_steps=10, lr=1.0)
-    rates = [one.learning_rate(step) for step in range(100)]
+    rates = [one.settings.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == 1.0 == max(rates)
     assert rates[:10] == sorted(rates[:10])

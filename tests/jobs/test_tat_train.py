@@ -131,10 +131,9 @@ def test_a_name_with_other_settings_is_refused(servers, pairs, tiny_model_dir, u
 
 
 def test_two_workers_equal_one(servers, pairs, tiny_model_dir, uninterrupted):
-    """Same global batches, so same losses. A range of workers takes as many as there is room for."""
-    done = servers.run(
-        "tat_train", *arguments(pairs, tiny_model_dir, "elastic", num_workers="[1, 2]", cpus_per_worker=0.25)
-    )
+    """Same global batches, so same losses; also in micro-batches. A range of workers takes as many as there is room for."""
+    changed = {"num_workers": "[1, 2]", "cpus_per_worker": 0.25, "micro_batch_size": 3}
+    done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "elastic", **changed))
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = uninterrupted[0], Run(servers, "elastic")
     assert [{row["num_workers"] for row in run.result["history"]} for run in (one, two)] == [{1}, {2}]
