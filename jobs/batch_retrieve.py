@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 import ray
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from cir_core.benchmarks import protocol_options
 from cir_core.schema import CirError
@@ -116,6 +116,10 @@ class BatchRetrieveConfig(JobConfig):
     )
     k: PositiveInt = Field(60, description="Length of the rankings; at least the benchmark's deepest metric.")
     num_shards: PositiveInt = Field(2, description="Tasks that share the gallery; the result does not depend on it.")
+    search_memory_gb: PositiveFloat = Field(
+        4.0,
+        description="What each of them may hold of the gallery; a larger share is streamed from storage for every tile.",
+    )
     approximate: Literal["ivf", "hnsw"] | None = Field(
         None,
         description="With 'custom': search a FAISS index of each shard instead of every image. Its recall against exact search "

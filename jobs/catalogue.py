@@ -34,7 +34,7 @@ from jobs.catalogue_approximate import ApproximateSearch
 from jobs.catalogue_lookup import Found, look_up, read_part
 from jobs.catalogue_recall import sample_uri, save_sample
 from jobs.decoding import fetch_images
-from jobs.retrieval import GallerySearch, Setting, Tile
+from jobs.gallery_search import GallerySearch, Setting, Tile
 
 _RANKS = ("rank", "pessimistic_rank")
 Item = TypeVar("Item")

@@ -36,7 +36,7 @@ from cir_core.search.approximate import (
 )
 from cir_core.search.faiss_index import import_faiss
 from cir_core.search.index_files import load_arrays, save_arrays
-from jobs.retrieval import Gallery, Setting, Tile
+from jobs.gallery_search import Gallery, Setting, Tile
 from jobs.session import say
 from jobs.storage import absolute
 

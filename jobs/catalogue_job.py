@@ -31,8 +31,8 @@ from jobs.catalogue_report import publish, results_table, write_sheet
 from jobs.config import flat_parameters, public
 from jobs.decoding import embedding_resources
 from jobs.embedding_progress import some_rejects
+from jobs.gallery_search import Gallery, GallerySearch, Setting, settings_of
 from jobs.models import ModelInfo, inspect_model
-from jobs.retrieval import Gallery, GallerySearch, Setting, settings_of
 from jobs.session import check_resources, code_version, connect, say
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable
 
@@ -318,7 +318,8 @@ def _answer_all(
 
 
 def _exact(config: BatchRetrieveConfig, run: CatalogueRun) -> GallerySearch:
-    return GallerySearch(Gallery(run.store, alpha=config.gallery_alpha), config.num_shards)
+    gallery = Gallery(run.store, alpha=config.gallery_alpha)
+    return GallerySearch(gallery, config.num_shards, memory_gb=config.search_memory_gb)
 
 
 def _measured(config: BatchRetrieveConfig, run: CatalogueRun, plan: ApproximatePlan) -> dict[str, Any]:

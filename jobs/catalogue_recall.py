@@ -21,7 +21,7 @@ from cir_core import files
 from cir_core.schema import CirError
 from cir_core.search import TopK
 from cir_core.search.approximate import recall_of_exact, wilson_interval
-from jobs.retrieval import Gallery, GallerySearch, Setting, Tile
+from jobs.gallery_search import Gallery, GallerySearch, Setting, Tile
 from jobs.session import say
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def measure_recall(
     sample = {name: torch.cat([one[name] for one in loaded], dim=int(name == "found")) for name in loaded[0]}
     tile = Tile(sample["images"], sample["texts"], sample["exclude"].tolist())
     started = time.perf_counter()
-    exact = ray.get(GallerySearch(gallery, num_shards).start(tile, list(settings), k))
+    exact = ray.get(GallerySearch(gallery, num_shards, num_tiles=1).start(tile, list(settings), k))
     say(
         f"exact search of {len(tile.exclude)} sampled queries, to measure recall: {time.perf_counter() - started:.1f} s"
     )

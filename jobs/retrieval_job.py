@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -25,8 +25,9 @@ from jobs.benchmark_parts import ImageSource, ImageSources, Part, find_parts
 from jobs.config import flat_parameters, public
 from jobs.embedder import EmbedPlan
 from jobs.embedding import embed_stores, store_spec, store_uri
+from jobs.gallery_search import Setting, settings_of
 from jobs.models import ModelInfo, encode_captions
-from jobs.retrieval import Prepared, Setting, settings_of
+from jobs.retrieval import Prepared
 from jobs.retrieval_outcomes import Outcome, Variant, ranking_file
 from jobs.retrieval_report import log_outcomes, write_report, write_submissions
 from jobs.retrieval_tables import print_report
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 Results = dict[Setting, EvaluationResult]
 # Settings that decide how a run is done and shown, not what it finds.
-_HOW = ("name", "num_shards", "num_encoders", "use_gpu", "batch_size", "contact_sheet_rows")
+_HOW = ("name", "num_shards", "search_memory_gb", "num_encoders", "use_gpu", "batch_size", "contact_sheet_rows")
 _WHERE = ("storage_path", "tracking_uri", "experiment")
 
 
@@ -142,11 +143,11 @@ class RetrievalRun:
     ) -> tuple[Benchmark, dict[Setting, Ranking], dict[Setting, Ranking], Results]:
         """Search once for all settings and score each; subset rankings and results are empty where there are none."""
         prepared, texts = self.prepare(benchmark, variant)
-        shards = self.config.num_shards
-        rankings = prepared.retrieve(texts, self.settings, k=self.config.k, num_shards=shards)
+        shared: dict[str, Any] = {"num_shards": self.config.num_shards, "memory_gb": self.config.search_memory_gb}
+        rankings = prepared.retrieve(texts, self.settings, k=self.config.k, **shared)
         subsets: dict[Setting, Ranking] = {}
         if prepared.benchmark.max_subset_k:
-            subsets = prepared.retrieve_subsets(texts, self.settings, num_shards=shards)
+            subsets = prepared.retrieve_subsets(texts, self.settings, **shared)
         results: Results = {}
         if prepared.benchmark.has_targets:
             held = ray.put(prepared.benchmark)

@@ -9,8 +9,8 @@ from cir_core.benchmarks import Benchmark
 from cir_core.evaluation import EvaluationResult, load_ranking, mean_of_results
 from cir_core.schema import Ranking
 from jobs.benchmark_parts import Part
+from jobs.gallery_search import Setting
 from jobs.models import ModelInfo
-from jobs.retrieval import Setting
 
 
 @dataclass(frozen=True)

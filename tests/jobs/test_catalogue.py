@@ -22,7 +22,7 @@ from cir_core.scenes import write_pairs
 from cir_core.schema import Ranking
 from cir_core.search import weighted_top_k
 from cir_core.shards import read_shard
-from jobs.retrieval import Gallery
+from jobs.gallery_search import Gallery
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,0 +1,184 @@
+"""Sharded composed retrieval on Ray: every shard scans its share of a gallery once a tile for all methods and alphas.
+
+The result does not depend on the number of shards: scores are defined by query and image alone and ties go by gallery
+index (cir_core.search), so merging the shards' lists gives what one search over everything gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+from torch import Tensor
+
+from cir_core.composition import compose_gallery, query_weights, takes_alpha
+from cir_core.embedding_store import EmbeddingStore
+from cir_core.schema import CirError
+from cir_core.search import (
+    PreparedGallery,
+    TopK,
+    merge_top_k,
+    prepare_gallery,
+    read_ahead,
+    subset_top_k,
+    weighted_top_k,
+)
+
+_FAN_IN = 8  # lists merged by one task
+_HELD_BYTES = 4  # an element: float16 as stored and bfloat16 as scanned
+_ACTOR_ROWS = 100_000  # below, a pass takes less than an actor's start
+
+Setting = tuple[str, float | None]  # a method and its alpha, None where it has none
+_FAN_IN = 8  # lists merged by one task
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What is searched of a store.
+
+    uri: the store. rows: int64, rising store rows; an image's gallery index is its place among them. None: every row.
+    alpha: 0 searches the images' embeddings; above 0 each image that has a caption is composed with it, by slerp.
+    """
+
+    uri: str
+    rows: npt.NDArray[np.int64] | None = None
+    alpha: float = 0.0
+
+    def blocks(self, parts: Sequence[int], block_rows: int = 65_536) -> Iterator[tuple[int, Any]]:
+        """Yield (gallery index of the first row, embeddings) of the store's parts."""
+        columns = ("caption", "caption_embedding") if self.alpha else ()
+        for block in EmbeddingStore.open(self.uri).iter_blocks(block_rows, parts=parts, columns=columns):
+            rows: Any = block.embeddings
+            if self.alpha:
+                captioned = torch.tensor([bool(text) for text in block.columns["caption"]])
+                texts = np.asarray(block.columns["caption_embedding"])
+                rows = compose_gallery(rows, texts, captioned, self.alpha)
+            if self.rows is None:
+                yield block.offset, rows
+                continue
+            low, high = np.searchsorted(self.rows, [block.offset, block.offset + len(rows)])
+            if high > low:
+                yield int(low), rows[self.rows[low:high] - block.offset]
+
+    def num_rows(self, parts: Sequence[int]) -> int:
+        """Return how many images of the gallery the parts hold; of a gallery of some rows, of all their rows."""
+        chosen = set(parts)
+        return sum(part.num_rows for part in EmbeddingStore.open(self.uri).parts if part.index in chosen)
+
+    def parts(self) -> list[int]:
+        """Return the store's parts that hold an image of the gallery."""
+        found, start = [], 0
+        for part in EmbeddingStore.open(self.uri).parts:
+            end = start + part.num_rows
+            held = part.num_rows if self.rows is None else int(np.diff(np.searchsorted(self.rows, [start, end]))[0])
+            if held:
+                found.append(part.index)
+            start = end
+        return found
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A batch of queries that one scan answers.
+
+    images, texts: float32[Q, D]. exclude: gallery index that a query's list leaves out, or -1, [Q]. subsets: where given,
+    each query ranks only these gallery indices (and exclude is not looked at).
+    """
+
+    images: Tensor
+    texts: Tensor
+    exclude: list[int]
+    subsets: list[list[int]] | None = None
+
+
+def settings_of(methods: Sequence[str], alphas: Sequence[float]) -> list[Setting]:
+    """Return every method with every alpha it takes."""
+    return [(name, alpha) for name in methods for alpha in (alphas if takes_alpha(name) else [None])]
+
+
+class Shard:
+    """One share of a gallery: streamed from the store in every pass, or held where memory allows it.
+
+    memory_gb: what it may hold. A share that fits, with the copy that is scanned, is read and prepared at the first tile;
+    of another one a pass holds two blocks, the one that is searched and the next one, which is read meanwhile.
+    """
+
+    def __init__(self, gallery: Gallery, parts: list[int], memory_gb: float, *, keep: bool) -> None:
+        self.gallery, self.parts = gallery, parts
+        spec_dim, budget = EmbeddingStore.open(gallery.uri).manifest.spec.dim, memory_gb * 1e9
+        # float16 as stored, twice that where captions are composed in, and float32 at worst of what is gathered
+        self.block_rows = int(max(1024, min(65_536, budget / 4 / (spec_dim * 4))))
+        self.keep = keep and gallery.num_rows(parts) * spec_dim * _HELD_BYTES <= budget
+        self._held: list[tuple[int, PreparedGallery]] | None = None
+
+    def _blocks(self) -> Any:
+        if not self.keep:
+            return read_ahead(self.gallery.blocks(self.parts, self.block_rows))
+        if self._held is None:
+            blocks = read_ahead(self.gallery.blocks(self.parts, self.block_rows))
+            self._held = [(start, prepare_gallery(rows)) for start, rows in blocks]
+        return self._held
+
+    def search(self, tile: Tile, settings: list[Setting], k: int) -> dict[Setting, TopK]:
+        """Return the share's best k, or each query's own rows of it, of every setting."""
+        weights = {key: query_weights(key[0], tile.images, tile.texts, key[1]) for key in settings}
+        if tile.subsets is not None:
+            return subset_top_k(tile.images, tile.texts, self._blocks(), weights, tile.subsets, k)
+        return weighted_top_k(tile.images, tile.texts, self._blocks(), weights, k, tile.exclude)
+
+
+# An actor that dies is started again elsewhere, reads its share again and does the tile again. It reserves next to no CPU,
+# as it is idle between tiles, but is spread over the nodes that have some.
+_ShardActor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(Shard)
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def _search_once(
+    gallery: Gallery, parts: list[int], memory_gb: float, tile: Tile, settings: list[Setting], k: int
+) -> dict[Setting, TopK]:
+    return Shard(gallery, parts, memory_gb, keep=False).search(tile, settings, k)
+
+
+@ray.remote(num_cpus=0.5, max_retries=5)
+def _merge(k: int, *found: dict[Setting, TopK]) -> dict[Setting, TopK]:
+    return {key: merge_top_k([part[key] for part in found], k) for key in found[0]}
+
+
+class GallerySearch:
+    """Searches one gallery in `num_shards` shares, as actors that hold theirs, or in tasks.
+
+    num_tiles: how many will be searched, None if that is not known. Actors are worth their start for several tiles of a
+    gallery of some size; the answers are the same.
+    """
+
+    def __init__(
+        self, gallery: Gallery, num_shards: int, *, memory_gb: float = 4.0, num_tiles: int | None = None
+    ) -> None:
+        parts = gallery.parts()
+        if not parts:
+            raise CirError(f"{gallery.uri}: no image of this store is in the gallery")
+        self.shares = [list(map(int, share)) for share in np.array_split(parts, num_shards) if len(share)]
+        self.gallery, self.memory_gb = ray.put(gallery), memory_gb
+        many = num_tiles is None or num_tiles > 1
+        self.actors: list[Any] = []
+        if many and gallery.num_rows(parts) >= _ACTOR_ROWS:
+            self.actors = [_ShardActor.remote(self.gallery, share, memory_gb, keep=True) for share in self.shares]
+
+    def start(self, tile: Tile | ray.ObjectRef[Tile], settings: list[Setting], k: int) -> Any:
+        """Start one pass over the gallery; return a reference to {setting: TopK}, merged as a tree."""
+        tile_ref = ray.put(tile) if isinstance(tile, Tile) else tile
+        found: list[Any]
+        if self.actors:
+            found = [actor.search.remote(tile_ref, settings, k) for actor in self.actors]
+        else:
+            found = [
+                _search_once.remote(self.gallery, share, self.memory_gb, tile_ref, settings, k) for share in self.shares
+            ]
+        while len(found) > 1:
+            found = [_merge.remote(k, *found[start : start + _FAN_IN]) for start in range(0, len(found), _FAN_IN)]
+        return found[0]

@@ -1,0 +1,91 @@
+"""Shards as tasks and as actors: equal to one search in this process, also when a shard is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.util.state import list_actors
+
+from cir_core.composition import query_weights
+from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec
+from cir_core.search import weighted_top_k
+from jobs import gallery_search
+from jobs.gallery_search import Gallery, GallerySearch, Shard, Tile
+
+SETTINGS = [("slerp", 0.5), ("sum", None)]
+K = 7
+
+
+def unit(*shape, seed):
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Five parts of very different sizes, one of them empty."""
+    uri = str(tmp_path_factory.mktemp("store") / "store")
+    writer = EmbeddingWriter(uri, StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "crop", 24, "float16", "input"))
+    sizes = [700, 0, 13, 2000, 1]
+    for index, num_rows in enumerate(sizes):
+        ids = [f"{index}-{row}" for row in range(num_rows)]
+        writer.write_part(index, ids, unit(num_rows, 24, seed=index).numpy())
+    writer.commit(rows_in=sum(sizes))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def connected(servers):
+    if not ray.is_initialized():
+        ray.init(address=servers.ray_address, log_to_driver=False, logging_level="WARNING")
+
+
+@pytest.fixture(scope="module")
+def tile():
+    return Tile(unit(5, 24, seed=1), unit(5, 24, seed=2), [3, -1, 700, 2713, 9])
+
+
+def expected(uri, tile, rows=None):
+    gallery = np.concatenate([block.embeddings for block in EmbeddingStore.open(uri).iter_blocks()])
+    weights = {key: query_weights(key[0], tile.images, tile.texts, key[1]) for key in SETTINGS}
+    return weighted_top_k(tile.images, tile.texts, gallery if rows is None else gallery[rows], weights, K, tile.exclude)
+
+
+def check(found, uri, tile, rows=None):
+    for key, top in expected(uri, tile, rows).items():
+        assert torch.equal(found[key].indices, top.indices)
+        assert torch.equal(found[key].scores, top.scores)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("memory_gb", [1.0, 1e-6])
+def test_a_shard_that_holds_its_rows_and_one_that_streams_them_agree(store, tile, keep, memory_gb):
+    shard = Shard(Gallery(store), [0, 1, 2, 3, 4], memory_gb, keep=keep)
+    assert shard.keep == (keep and memory_gb == 1.0)
+    for _ in range(2):
+        check(shard.search(tile, SETTINGS, K), store, tile)
+
+
+def test_a_gallery_of_some_rows(store, tile):
+    rows = np.array([0, 5, 699, 700, 712, 2713])
+    some = Gallery(store, rows)
+    check(Shard(some, some.parts(), 1.0, keep=True).search(tile, SETTINGS, K), store, tile, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_shards", [3])
+def test_any_number_of_shards_and_killed_ones_give_the_same_lists(connected, store, tile, num_shards, monkeypatch):
+    monkeypatch.setattr(gallery_search, "_ACTOR_ROWS", 0)
+    search = GallerySearch(Gallery(store), num_shards)
+    assert len(search.actors) == num_shards
+    check(ray.get(search.start(tile, SETTINGS, K)), store, tile)
+    actors = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.class_name == "Shard"]
+    os.kill(actors[0].pid, signal.SIGKILL)
+    check(ray.get(search.start(tile, SETTINGS, K)), store, tile)
+    tasks = GallerySearch(Gallery(store), num_shards, num_tiles=1)
+    assert not tasks.actors
+    check(ray.get(tasks.start(tile, SETTINGS, K)), store, tile)
