@@ -4,8 +4,10 @@
     python jobs/benchmark.py --measure '[text_anchors]' --model ViT-B-32 --batch_size 32 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
+    python jobs/benchmark.py --measure '[search, search_streamed]' --tracking_uri http://127.0.0.1:5000      # and into MLflow
+
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
-the ratio and its range over the rounds. No MLflow; Ray only to embed. A model without --pretrained gets random weights:
+the ratio and its range over the rounds. Ray only to embed; MLflow only where --tracking_uri is given. A model without --pretrained gets random weights:
 they take the same time.
 """
 
@@ -26,8 +28,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, PositiveInt
 
 from cir_core.schema import CirError
+from jobs import tracking
 from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
-from jobs.config import JobConfig, parse_config
+from jobs.benchmark_search import Measured, measure_search, measure_search_streamed
+from jobs.config import JobConfig, flat_parameters, parse_config
 from jobs.session import code_version, run, say
 
 if TYPE_CHECKING:
@@ -42,7 +46,8 @@ class BenchmarkConfig(JobConfig):
     measure: Annotated[list[str], Field(min_length=1)] = Field(
         ["text_anchors"],
         description="What to measure: text_anchors (a training step with and without them), embedding (embed.py, a bare loop "
-        "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data).",
+        "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data), search (exact search, the "
+        "bare product, FAISS), search_streamed (a gallery in Parquet parts).",
     )
     model: str = Field("scenes-tiny", description="open_clip model name, local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(
@@ -54,6 +59,10 @@ class BenchmarkConfig(JobConfig):
     data: str = Field("", description="Shards to embed; empty: generated JPEG photographs.")
     images: PositiveInt = Field(1000, description="Photographs to generate.")
     side: PositiveInt = Field(512, description="Their longer side in pixels.")
+    queries: PositiveInt = Field(256, description="Queries of a search.")
+    gallery_rows: PositiveInt = Field(400_000, description="Rows of the gallery that is searched.")
+    dim: PositiveInt = Field(512, description="Its embedding dimensions.")
+    k: PositiveInt = Field(50, description="Length of the lists.")
     use_gpu: bool = Field(False, description="Measure on the first GPU, in bf16 as training does there.")
 
 
@@ -147,10 +156,12 @@ def measure_text_anchors(config: BenchmarkConfig) -> Comparison:
     return Comparison("Cached text anchors", ("captions through the text tower", "cached anchors"), turns, notes)
 
 
-MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str]] = {
+MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str | Measured]] = {
     "text_anchors": lambda config: measure_text_anchors(config).markdown(),
     "embedding": measure_embedding,
     "embedding_memory": measure_embedding_memory,
+    "search": measure_search,
+    "search_streamed": measure_search_streamed,
 }
 
 
@@ -203,9 +214,36 @@ def main() -> None:
     config = parse_config(BenchmarkConfig, "benchmark", __doc__.split("\n")[0])
     check_names(config.measure)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which the notes name
+    tracker = start_tracking(config)
+    tables: list[str] = []
+    metrics: dict[str, float] = {}
     for name in config.measure:
-        say(MEASUREMENTS[name](config))
+        found = MEASUREMENTS[name](config)
+        if isinstance(found, Measured):
+            metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+            found = found.markdown
+        say(found)
+        tables.append(found)
     say(surroundings(config))
+    if tracker is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "benchmark.md").write_text("\n".join([*tables, surroundings(config), ""]))
+            tracker.log_folder(folder)
+        tracker.log_metrics(metrics)
+        tracker.finish()
+        say(f"MLflow: {tracker.page}")
+
+
+def start_tracking(config: BenchmarkConfig) -> tracking.Tracker | None:
+    """Open a run of the experiment "benchmark", where a tracking server was named."""
+    if not config.tracking_uri:
+        return None
+    uri = tracking.resolve_uri(config.tracking_uri)
+    tracking.check_server(uri)
+    parameters = flat_parameters(config) | {"hardware": surroundings(config)}
+    tags = {"job": "benchmark", "code_version": code_version()}
+    name = "-".join(config.measure)
+    return tracking.Tracker.start(uri, experiment="benchmark", name=name, parameters=parameters, tags=tags)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def run_task(head: dict[str, str]) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.long
 def test_a_node_joins_works_dies_and_is_replaced(home):
     alone = home.command("node")
     assert alone.returncode == 1
@@ -76,6 +77,7 @@ def test_a_node_joins_works_dies_and_is_replaced(home):
     assert home.processes() == []
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_servers_that_run_without_s3_start_again_with_it_but_not_under_a_running_job(home, capsys, tmp_path):
     plain = cluster.up()

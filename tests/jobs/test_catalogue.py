@@ -194,6 +194,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(servers, shop, many):
     assert {**results[0], "name": ""} == {**results[1], "name": ""}
 
 
+@pytest.mark.long
 def test_a_picture_that_cannot_be_used(servers, shop, tiny_model_dir, tmp_path):
     rows = [json.loads(line) for line in (shop / "queries.jsonl").read_text().splitlines()][:6]
     for row in rows:

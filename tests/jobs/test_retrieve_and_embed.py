@@ -170,6 +170,7 @@ def vit_b_32(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_vit_b_32_goes_through_all_three_jobs(servers, vit_b_32, tmp_path):
     write_pairs(str(tmp_path / "pairs"), 24)
     model = f"local-dir:{vit_b_32}"

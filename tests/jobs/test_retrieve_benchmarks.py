@@ -139,6 +139,7 @@ def test_cirr_with_its_real_annotations(servers, annotations, tiny_model_dir, tm
     assert again.metrics == found["metrics"]
 
 
+@pytest.mark.long
 def test_cirr_test1_becomes_files_for_its_server(servers, annotations, tiny_model_dir, tmp_path):
     shutil.copytree(annotations / "cirr", tmp_path, dirs_exist_ok=True)
     test1 = load_benchmark("cirr", tmp_path, split="test1")
@@ -248,6 +249,7 @@ def circo(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_circo_with_a_composed_gallery(servers, circo, tiny_model_dir):
     texts = {str(number): ("a red circle", "a blue star", "one cross")[number % 3] for number in range(1, 70)}
     captions = circo / "captions.jsonl"
@@ -270,6 +272,7 @@ def test_circo_with_a_composed_gallery(servers, circo, tiny_model_dir):
     assert found["protocol"]["ranking"]["gallery_alpha"] == 0.4
 
 
+@pytest.mark.long
 def test_pictures_that_are_missing_or_unreadable_are_left_out_on_request(servers, circo, tiny_model_dir):
     pictures = circo / "COCO2017_unlabeled" / "unlabeled2017"
     (pictures / f"{4:012d}.jpg").write_bytes(b"no picture")  # one of two answers of query 0

@@ -162,6 +162,7 @@ def train_workers():
     return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
+@pytest.mark.long
 def test_a_killed_worker_and_a_killed_driver_change_nothing(servers, pairs, tiny_model_dir, uninterrupted):
     given = arguments(pairs, tiny_model_dir, "killed")
     with (servers.storage / "killed.log").open("w") as log:

@@ -84,6 +84,7 @@ def cached(servers, pairs, tiny_model_dir):
     return Run(servers.storage, "cached")
 
 
+@pytest.mark.long
 def test_the_losses_are_those_of_a_run_without_the_cache(servers, pairs, tiny_model_dir, cached):
     """Rejects, samples, modality gap and the text tower are the same as well."""
     done = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "plain"))
@@ -109,6 +110,7 @@ def test_the_losses_are_those_of_a_run_without_the_cache(servers, pairs, tiny_mo
     assert any(not np.array_equal(cached.merged[name], base[name]) for name in base)
 
 
+@pytest.mark.long
 def test_the_store_holds_every_caption_once_and_two_workers_use_it_again(servers, pairs, tiny_model_dir, cached):
     (folder,) = (servers.storage / "anchors").iterdir()
     store = EmbeddingStore.open(str(folder))
@@ -130,6 +132,7 @@ def test_the_store_holds_every_caption_once_and_two_workers_use_it_again(servers
     assert run.samples == cached.samples
 
 
+@pytest.mark.long
 def test_a_run_does_not_change_over_to_the_cache(servers, pairs, tiny_model_dir, cached):
     refused = servers.run("tat_train", *arguments(pairs, tiny_model_dir, "cached", cache_text_anchors="false"))
     assert refused.returncode == 2
@@ -206,6 +209,7 @@ def make(shards, model_dir, storage, precision="fp32"):
     return anchors, indexes
 
 
+@pytest.mark.long
 def test_a_changed_shard_is_embedded_anew_and_never_mixed(connected, tiny_model_dir, tmp_path):
     rows = [(f"key{n}", b"an image", "jpg", f"picture {n} with a red circle") for n in range(9)]
     other = [(key, image, suffix, caption.replace("red", "tan")) for key, image, suffix, caption in rows]
@@ -253,6 +257,7 @@ def test_what_decides_an_anchor_is_in_its_identity(make_tiny_model_dir, tmp_path
     assert len({spec.identity for spec in specs}) == len(specs)
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_the_anchors_it_began_with(connected, tiny_model_dir, tmp_path):
     """bf16 is the default on a GPU, which a resumed run may leave; another tokenizer is refused."""
     shard = str(tmp_path / "a.tar")
@@ -277,6 +282,7 @@ def test_a_resumed_run_keeps_the_anchors_it_began_with(connected, tiny_model_dir
         run("bf16")
 
 
+@pytest.mark.long
 def test_a_shard_that_changes_while_it_is_embedded_stops_the_run(connected, tiny_model_dir, tmp_path):
     shard = str(tmp_path / "a.tar")
     rows = [(f"key{n}", b"an image", "jpg", "a red circle") for n in range(9)]
