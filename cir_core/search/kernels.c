@@ -62,6 +62,13 @@ typedef int32_t Bits __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 INLINE float larger(float a, float b) { return a > b ? a : b; } /* fmaxf stays a call, for the sake of NaN */
 
+#ifdef __FLT16_MAX__ /* the compiler knows the type, and the processor's instructions for it */
+INLINE float from_half(uint16_t bits) {
+  _Float16 value;
+  memcpy(&value, &bits, 2);
+  return (float)value;
+}
+#else
 INLINE float from_half(uint16_t bits) {
   uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13, out;
   float value;
@@ -75,6 +82,7 @@ INLINE float from_half(uint16_t bits) {
   memcpy(&value, &out, 4);
   return value;
 }
+#endif
 
 INLINE float from_bfloat16(uint16_t bits) {
   uint32_t out = (uint32_t)bits << 16;
