@@ -87,7 +87,7 @@ class CompiledScan:
         self.num_keys, self.k, self.dim = queries.num_keys, k, queries.dim
         self.dtype = scan_dtype()
         self.direct = queries.num_keys == 1  # one product with the composed query is cheaper than one a part
-        self.group = 16 if self.direct else 8
+        self.group = 16 if self.direct else 4
         self.capacity = 4 * k * min(queries.num_keys, 8) + 128
         self.tile_rows = tile_rows(queries.dim)
         step = max(1, _LISTS // queries.num_keys)

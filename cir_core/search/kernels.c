@@ -20,7 +20,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
-enum { MAX_COLUMNS = 1024, LANES = 16 };
+enum { MAX_COLUMNS = 1024, LANES = 16, STEPS = 128 };
 
 /* One batch of queries; arrays are C-contiguous. Q queries, K keys (weightings), P scanned products, R parts of the
    exact score. A key's scanned score is the sum over products of weight * product. */
@@ -39,6 +39,8 @@ typedef struct {
   float *slack;              /* [Q, K]: E of the present tile */
   float *slack_max;          /* [Q, K]: the largest E of the block so far */
   float *need;               /* [Q, lanes]: bar - slack, what a scanned score must reach; infinite past K */
+  float *steps;              /* [Q, STEPS] for two products and no negative weight, else NULL: see set_steps */
+  float *steps_from;         /* [2, Q]: product 0 at the first step, and steps per unit of it */
   int32_t *count;            /* [Q]: candidates held, of all keys together */
   int32_t *limit;            /* [Q]: so many are held before the bars are raised */
   float *value;              /* [Q, P, capacity]: their products */
@@ -193,12 +195,41 @@ static float kth_largest(float *values, int64_t n, int64_t k) { /* quickselect; 
   return values[place];
 }
 
+/* With two products x, y and weights of one sign, what every key needs together is a falling staircase: steps[i] is a y
+   below which no key is reached by any x of step i. One look-up replaces a comparison per key; it rules out, never in. */
+INLINE void set_steps(Batch *b, int64_t query) {
+  const float *w = b->scan_weights + query * 2 * b->lanes, *v = w + b->lanes, *need = b->need + query * b->lanes;
+  float *steps = b->steps + query * STEPS, last = INFINITY, scale, first;
+  for (int64_t key = 0; key < b->num_keys; key++)
+    if (w[key] > 0) last = need[key] / w[key] < last ? need[key] / w[key] : last; /* from here on x alone is enough */
+  first = last - 1.25f * fabsf(last);
+  scale = (STEPS - 1) / (last - first);
+  for (int i = 0; i < STEPS; i++) steps[i] = i < STEPS - 1 && scale < 1e20f && scale > 1e-20f ? INFINITY : -INFINITY;
+  if (steps[0] < 0) scale = 0, first = 0; /* no such x, or bars that are not set: nothing is ruled out */
+  b->steps_from[query] = first, b->steps_from[b->num_queries + query] = scale;
+  if (scale == 0) return;
+  for (int64_t key = 0; key < b->num_keys; key++)
+    for (int i = 0; i < STEPS - 1; i++) {
+      float x = first + (i + 1.01f) / scale, rest = need[key] - w[key] * x; /* the upper end of the step, and more */
+      rest -= 1e-5f * (fabsf(need[key]) + fabsf(w[key] * x) + w[key] * fabsf(first));
+      float y = v[key] > 0 ? rest / v[key] : rest > 0 ? INFINITY : -INFINITY;
+      steps[i] = y < steps[i] ? y : steps[i];
+    }
+}
+
+INLINE int above_steps(const float *steps, float first, float scale, float x, float y) {
+  float place = (x - first) * scale;
+  int32_t step = (int32_t)(place < 0 ? 0 : place > STEPS - 1 ? STEPS - 1 : place);
+  return y >= steps[step];
+}
+
 INLINE void set_need(Batch *b, int64_t query) {
   for (int64_t key = 0; key < b->num_keys; key++) {
     int64_t list = query * b->num_keys + key;
     /* Finite, so that a row without a score (-inf) never passes. */
     b->need[query * b->lanes + key] = larger(nextafterf(b->bar[list] - b->slack[list], -INFINITY), -3e38f);
   }
+  if (b->steps) set_steps(b, query);
 }
 
 /* out[c] = the bound of candidate c's score under a key: the upper one for sign 1, the lower one for -1. */
@@ -483,14 +514,21 @@ INLINE void column_bounds(const Tile *t, int64_t product, int64_t start, int64_t
 /* Several keys share the products: the maxima and minima of both bound every key's scores in a group of rows. */
 INLINE int scan_weighted(const Tile *t, int64_t from, int64_t to, float *scratch, int bf16) {
   Batch *b = t->batch;
-  int64_t P = b->num_products;
+  int64_t P = b->num_products, n = to - from;
   float high[P][MAX_COLUMNS], low[P][MAX_COLUMNS], up[P], down[P], values[P];
+  uint8_t hit[MAX_COLUMNS];
+  const float *first = b->steps_from + from, *scale = first + b->num_queries;
   for (int64_t start = 0; start < t->num_rows; start += t->group) {
     int64_t stop = start + t->group < t->num_rows ? start + t->group : t->num_rows;
-    for (int64_t p = 0; p < P; p++) column_bounds(t, p, start, stop, from, to - from, high[p], low[p], bf16);
-    for (int64_t query = from; query < to; query++) {
-      for (int64_t p = 0; p < P; p++) up[p] = high[p][query - from], down[p] = low[p][query - from];
-      if (!reaches(b, query, up, down)) continue;
+    for (int64_t p = 0; p < P; p++) column_bounds(t, p, start, stop, from, n, high[p], low[p], bf16);
+    if (b->steps)
+      for (int64_t c = 0; c < n; c++)
+        hit[c] = (uint8_t)above_steps(b->steps + (from + c) * STEPS, first[c], scale[c], high[0][c], high[1][c]);
+    for (int64_t c = 0; c < n; c++) {
+      int64_t query = from + c;
+      if (b->steps && !hit[c]) continue;
+      for (int64_t p = 0; p < P; p++) up[p] = high[p][c], down[p] = low[p][c];
+      if (!b->steps && !reaches(b, query, up, down)) continue;
       for (int64_t r = start; r < stop; r++) {
         for (int64_t p = 0; p < P; p++) {
           values[p] = bf16 ? from_bfloat16(((const uint16_t *)t->products[p])[r * t->ld + query])
@@ -498,6 +536,7 @@ INLINE int scan_weighted(const Tile *t, int64_t from, int64_t to, float *scratch
           float width = b->rho * fabsf(values[p]);
           up[p] = values[p] + width, down[p] = values[p] - width;
         }
+        if (b->steps && !above_steps(b->steps + query * STEPS, first[c], scale[c], up[0], up[1])) continue;
         if (reaches(b, query, up, down) && push(b, t->block, query, t->first_row + r, values, scratch) < 0) return -1;
       }
     }

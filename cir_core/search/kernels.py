@@ -47,18 +47,10 @@ class _Block(ctypes.Structure):
 _SIZES = ("num_queries", "num_keys", "num_products", "num_parts", "k", "capacity", "dim", "lanes")
 _LANES = 16  # keys that the scan works on at a time
 _ARRAYS = (
-    "bar",
-    "slack",
-    "slack_max",
-    "need",
-    "count",
-    "limit",
-    "value",
-    "row",
-    "best_score",
-    "best_index",
-    "num_exact",
+    *("bar", "slack", "slack_max", "need", "steps", "steps_from", "count", "limit", "value", "row"),
+    *("best_score", "best_index", "num_exact"),
 )
+_STEPS = 128  # of the staircase that two products are held against
 
 
 class _Batch(ctypes.Structure):
@@ -122,12 +114,15 @@ class Batch:
             "slack": np.zeros((num_queries, num_keys), np.float32),
             "slack_max": np.zeros((num_queries, num_keys), np.float32),
             "need": np.full((num_queries, lanes), np.inf, np.float32),
+            "steps_from": np.zeros((2, num_queries), np.float32),
             "count": np.zeros(num_queries, np.int32),
             "limit": np.full(num_queries, min(2 * k, capacity), np.int32),
             "value": np.empty((num_queries, num_products, capacity), np.float32),
             "row": np.empty((num_queries, capacity), np.int32),
             "num_exact": np.zeros(num_queries, np.int64),
         }
+        if num_products == 2 and not (scan_weights < 0).any():
+            self.arrays["steps"] = np.empty((num_queries, _STEPS), np.float32)
         sizes = (num_queries, num_keys, num_products, num_parts, k, capacity, dim, lanes)
         self.c = _Batch(**dict(zip(_SIZES, sizes, strict=True)), rho=rho)
         for name, array in self.arrays.items():
