@@ -2,10 +2,12 @@
 
     python jobs/benchmark.py --measure '[text_anchors]'                       # a training step with and without cached anchors
     python jobs/benchmark.py --measure '[text_anchors]' --model ViT-B-32 --batch_size 32 --rounds 5
+    python jobs/benchmark.py --measure '[training_peft, training_open_clip, training_caching]' --model ViT-B-32 --batch_size 16
+    python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 320 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
-the ratio and its range over the rounds. No MLflow; Ray only to embed. A model without --pretrained gets random weights:
+the ratio and its range over the rounds. No MLflow; Ray only to embed and for training_job. A model without --pretrained gets random weights:
 they take the same time.
 """
 
@@ -27,6 +29,12 @@ from pydantic import Field, PositiveInt
 
 from cir_core.schema import CirError
 from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
+from jobs.benchmark_training import (
+    measure_training_caching,
+    measure_training_open_clip,
+    measure_training_peft,
+)
+from jobs.benchmark_training_job import measure_training_job
 from jobs.config import JobConfig, parse_config
 from jobs.session import code_version, run, say
 
@@ -42,7 +50,9 @@ class BenchmarkConfig(JobConfig):
     measure: Annotated[list[str], Field(min_length=1)] = Field(
         ["text_anchors"],
         description="What to measure: text_anchors (a training step with and without them), embedding (embed.py, a bare loop "
-        "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data).",
+        "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data), training_peft, "
+        "training_open_clip (our step beside theirs), training_caching (gradient caching and checkpointing), training_job "
+        "(tat_train.py beside a bare loop of its step).",
     )
     model: str = Field("scenes-tiny", description="open_clip model name, local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(
@@ -51,7 +61,10 @@ class BenchmarkConfig(JobConfig):
     batch_size: PositiveInt = Field(128, description="Samples per step.")
     rounds: PositiveInt = Field(7, description="Turns of A and B after a first one that is not counted.")
     steps_per_round: PositiveInt = Field(2, description="Steps of a turn.")
-    data: str = Field("", description="Shards to embed; empty: generated JPEG photographs.")
+    micro_batch_size: Annotated[int, Field(ge=0)] = Field(
+        0, description="Samples of a micro-batch of training_caching; 0: a quarter of the batch."
+    )
+    data: str = Field("", description="Shards to embed, or of pairs to train on; empty: generated JPEG photographs.")
     images: PositiveInt = Field(1000, description="Photographs to generate.")
     side: PositiveInt = Field(512, description="Their longer side in pixels.")
     use_gpu: bool = Field(False, description="Measure on the first GPU, in bf16 as training does there.")
@@ -151,6 +164,10 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str]] = {
     "text_anchors": lambda config: measure_text_anchors(config).markdown(),
     "embedding": measure_embedding,
     "embedding_memory": measure_embedding_memory,
+    "training_peft": lambda config: measure_training_peft(config).markdown,
+    "training_open_clip": lambda config: measure_training_open_clip(config).markdown,
+    "training_caching": lambda config: measure_training_caching(config).markdown,
+    "training_job": lambda config: measure_training_job(config).markdown,
 }
 
 
