@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -88,10 +87,12 @@ class Setting:
     @property
     def about(self) -> str:
         """Say what is measured, for a table's notes."""
+        import torch
+
         weights = self.config.pretrained or ("its own" if self.config.model == "scenes-tiny" else "random")
         return (
             f"Training step of {self.config.model} ({weights} weights), batch {self.config.batch_size}, "
-            f"{self.settings.precision}, images in memory"
+            f"{self.settings.precision}, {torch.get_num_threads()} threads, images in memory"
         )
 
     def contest(self, key: str, name: str, first: Callable[[], None], rival: Callable[[], None]) -> Contest:
@@ -125,14 +126,11 @@ class Setting:
 
 
 def set_up(config: BenchmarkConfig) -> Setting:
-    """Load the model and make the batch; as many threads as cores, as a training worker that is alone on its node has."""
-    import torch
-
+    """Load the model and make the batch."""
     from cir_core.tuning import TuningSettings
     from jobs.benchmark import load_model
     from jobs.benchmark_rivals import make_batch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     encoder = load_model(config)
     settings = TuningSettings(total_steps=1_000_000, precision=encoder.details.precision)
     return Setting(config, encoder, settings, make_batch(encoder, config.batch_size))

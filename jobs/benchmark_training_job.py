@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -109,6 +110,8 @@ def decode_cpu_seconds(shard: str, preprocessing: Preprocessing) -> float:
 
 def measure_training_job(config: BenchmarkConfig) -> Measured:
     """The job against the bare loop, in turns: samples per second of steady steps, and the job's waiting for data."""
+    import torch
+
     from jobs.benchmark_rivals import make_tuner
     from jobs.benchmark_training import set_up
 
@@ -118,6 +121,7 @@ def measure_training_job(config: BenchmarkConfig) -> Measured:
         if not config.data:
             write_photos(data, config.images, side=config.side)
         model, weights = saved_model(config, home)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # as a training worker that is alone on its node has
         setting = set_up(config)
         tuner = make_tuner(setting.encoder, setting.settings)
         connect()
