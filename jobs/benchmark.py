@@ -7,8 +7,9 @@
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
-the ratio and its range over the rounds. No MLflow; Ray only to embed and for training_job. A model without --pretrained gets random weights:
-they take the same time.
+the ratio and its range over the rounds. No MLflow; Ray only to embed and for training_job. A model without --pretrained
+gets random weights: they take the same time. Where others use the machine too, OMP_NUM_THREADS=1 and the ratio of CPU time
+repeat to a few percent.
 """
 
 from __future__ import annotations

@@ -89,10 +89,11 @@ class Setting:
         """Say what is measured, for a table's notes."""
         import torch
 
+        threads = torch.get_num_threads()
         weights = self.config.pretrained or ("its own" if self.config.model == "scenes-tiny" else "random")
         return (
             f"Training step of {self.config.model} ({weights} weights), batch {self.config.batch_size}, "
-            f"{self.settings.precision}, {torch.get_num_threads()} threads, images in memory"
+            f"{self.settings.precision}, {threads} thread{'s' * (threads > 1)}, images in memory"
         )
 
     def contest(self, key: str, name: str, first: Callable[[], None], rival: Callable[[], None]) -> Contest:
