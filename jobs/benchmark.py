@@ -2,13 +2,16 @@
 
     python jobs/benchmark.py --measure '[text_anchors]'                       # a training step with and without cached anchors
     python jobs/benchmark.py --measure '[text_anchors]' --model ViT-B-32 --batch_size 32 --rounds 5
+    python jobs/benchmark.py --measure '[training_peft, training_open_clip, training_caching]' --model ViT-B-32 --batch_size 16
+    python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 320 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
     python jobs/benchmark.py --measure '[search, search_streamed]' --tracking_uri http://127.0.0.1:5000      # and into MLflow
 
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
-the ratio and its range over the rounds. Ray only to embed; MLflow only where --tracking_uri is given. A model without --pretrained gets random weights:
-they take the same time.
+the ratio and its range over the rounds. Ray only to embed and for training_job; MLflow only where --tracking_uri is given. A
+model without --pretrained gets random weights: they take the same time. Where others use the machine too, OMP_NUM_THREADS=1
+and the ratio of CPU time repeat to a few percent.
 """
 
 from __future__ import annotations
@@ -30,7 +33,14 @@ from pydantic import Field, PositiveInt
 from cir_core.schema import CirError
 from jobs import tracking
 from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
-from jobs.benchmark_search import Measured, measure_search, measure_search_streamed
+from jobs.benchmark_search import measure_search, measure_search_streamed
+from jobs.benchmark_training import (
+    Measured,
+    measure_training_caching,
+    measure_training_open_clip,
+    measure_training_peft,
+)
+from jobs.benchmark_training_job import measure_training_job
 from jobs.config import JobConfig, flat_parameters, parse_config
 from jobs.session import code_version, run, say
 
@@ -47,7 +57,9 @@ class BenchmarkConfig(JobConfig):
         ["text_anchors"],
         description="What to measure: text_anchors (a training step with and without them), embedding (embed.py, a bare loop "
         "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data), search (exact search, the "
-        "bare product, FAISS), search_streamed (a gallery in Parquet parts).",
+        "bare product, FAISS), search_streamed (a gallery in Parquet parts), training_peft, training_open_clip (our step beside "
+        "theirs), training_caching (gradient caching and checkpointing), training_job (tat_train.py beside a bare loop of its "
+        "step).",
     )
     model: str = Field("scenes-tiny", description="open_clip model name, local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(
@@ -56,7 +68,10 @@ class BenchmarkConfig(JobConfig):
     batch_size: PositiveInt = Field(128, description="Samples per step.")
     rounds: PositiveInt = Field(7, description="Turns of A and B after a first one that is not counted.")
     steps_per_round: PositiveInt = Field(2, description="Steps of a turn.")
-    data: str = Field("", description="Shards to embed; empty: generated JPEG photographs.")
+    micro_batch_size: Annotated[int, Field(ge=0)] = Field(
+        0, description="Samples of a micro-batch of training_caching; 0: a quarter of the batch."
+    )
+    data: str = Field("", description="Shards to embed, or of pairs to train on; empty: generated JPEG photographs.")
     images: PositiveInt = Field(1000, description="Photographs to generate.")
     side: PositiveInt = Field(512, description="Their longer side in pixels.")
     queries: PositiveInt = Field(256, description="Queries of a search.")
@@ -162,6 +177,10 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str | Measured]] = {
     "embedding_memory": measure_embedding_memory,
     "search": measure_search,
     "search_streamed": measure_search_streamed,
+    "training_peft": measure_training_peft,
+    "training_open_clip": measure_training_open_clip,
+    "training_caching": measure_training_caching,
+    "training_job": measure_training_job,
 }
 
 

@@ -9,11 +9,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import util
 from typing import TYPE_CHECKING, Any
 
 from cir_core.schema import CirError
+from jobs.benchmark_training import Measured
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 _TILE = 4096
 _NUM_ALPHAS = 21
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A table for people, and its numbers for MLflow."""
-
-    markdown: str
-    metrics: dict[str, float]
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

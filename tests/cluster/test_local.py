@@ -208,6 +208,8 @@ def test_a_server_is_known_before_it_starts(home, monkeypatch):
 
     def killed_after(*args, **options):
         started.append(real(*args, **options))
+        while processes.MARK not in psutil.Process(started[0].pid).environ():  # exec returns before it shows it
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(processes.subprocess, "Popen", killed_after)
