@@ -239,7 +239,7 @@ def main() -> None:
     for name in config.measure:
         found = MEASUREMENTS[name](config)
         if isinstance(found, Measured):
-            metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+            metrics |= found.metrics
             found = found.markdown
         say(found)
         tables.append(found)

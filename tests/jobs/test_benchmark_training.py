@@ -153,7 +153,7 @@ def test_a_table_shows_medians_and_the_ratios_of_the_rounds():
 
 @pytest.mark.parametrize("name", ["training_peft", "training_open_clip"])
 def test_a_measurement_prints_its_sides(tiny_model_dir, name):
-    printed = MEASUREMENTS[name](config(tiny_model_dir))
+    printed = MEASUREMENTS[name](config(tiny_model_dir)).markdown
     rows = [line for line in printed.splitlines() if line.startswith("| ") and "median of 2 rounds" not in line]
     assert len(rows) == 3
     assert rows[0].startswith("| ours | ")
@@ -201,6 +201,9 @@ def test_the_jobs_report_weighs_decoding_against_a_step(tiny_model_dir, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.filterwarnings(
+    "ignore:The ``noload`` loader strategy is deprecated"
+)  # MLflow's, where its store is no server
 def test_the_job_is_measured_beside_the_bare_loop(servers, tiny_model_dir):
     with mock.patch.dict(os.environ, servers.environment()), contextlib.chdir(servers.storage):
         measured = measure_training_job(config(tiny_model_dir, rounds=1, images=40, side=64))
