@@ -19,6 +19,7 @@ Block = Tensor | npt.NDArray[Any]
 _TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Products of two norms and a weight (at most 1e12 each) stay far below the float32 maximum of 3.4e38.
 MAX_NORM = 1e12
+MAX_DIM = 2**18  # norms in float32 are off by less than 1e-3 of themselves, and products by less than 4 % of the norms
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 2**14, 2**24  # smaller blocks are gathered, larger ones cut
 
 
@@ -121,13 +122,17 @@ def indices_of(piece: Tile | RowBlock) -> Tensor:
     """Gallery indices int64[n] of the rows."""
     if piece.indices is not None:
         return piece.indices
-    return torch.arange(piece.first_index, piece.first_index + len(piece.rows))
+    return _range(piece.first_index, len(piece.rows))
+
+
+def _range(start: int, count: int) -> Tensor:
+    return torch.arange(start, start + count, device="cpu")  # torch's default device may be another
 
 
 def _gathered(pending: list[tuple[int, Tensor]]) -> RowBlock:
     if len({rows.dtype for _, rows in pending}) > 1:
         pending = [(offset, rows.float()) for offset, rows in pending]
-    indices = torch.cat([torch.arange(offset, offset + len(rows)) for offset, rows in pending])
+    indices = torch.cat([_range(offset, len(rows)) for offset, rows in pending])
     return RowBlock(torch.cat([rows for _, rows in pending]), 0, indices)
 
 
@@ -135,7 +140,12 @@ def _with_contiguous_rows(block: Block) -> Block:
     if isinstance(block, Tensor):
         block = block.detach().cpu()
         return block if block.stride(1) == 1 else block.contiguous()
-    return block if block.strides[1] == block.itemsize and block.strides[0] >= 0 else np.ascontiguousarray(block)
+    return block if block.strides[1] == block.itemsize and _strides_count_elements(block) else block.copy(order="C")
+
+
+def _strides_count_elements(block: npt.NDArray[Any]) -> bool:
+    """Whether rows are whole elements apart, forwards and aligned: a field of packed records is not."""
+    return block.flags.aligned and all(stride >= 0 and stride % block.itemsize == 0 for stride in block.strides)
 
 
 def not_finite(row: int) -> str:
@@ -172,7 +182,7 @@ def iter_tiles(gallery_blocks: GalleryBlocks, dim: int, *, device: torch.device,
 
 def _tile(pieces: list[tuple[int, Tensor]]) -> Tile:
     rows = pieces[0][1] if len(pieces) == 1 else torch.cat([rows for _, rows in pieces])
-    indices = torch.cat([torch.arange(offset, offset + len(piece)) for offset, piece in pieces]).to(rows.device)
+    indices = torch.cat([_range(offset, len(piece)) for offset, piece in pieces]).to(rows.device)
     norms = torch.linalg.vector_norm(rows, dim=1)
     max_norm = float(norms.max())
     if not max_norm <= MAX_NORM:
@@ -226,6 +236,8 @@ def check_block(block: object, name: str, dim: int | None) -> None:
     if block.ndim != 2 or block.shape[1] == 0 or (dim is not None and block.shape[1] != dim):
         expected = "[rows, D]" if dim is None else f"[rows, {dim}] like the queries"
         raise CirError(f"{name} must have shape {expected}, not {list(block.shape)}")
+    if block.shape[1] > MAX_DIM:
+        raise CirError(f"{name} has {block.shape[1]} dimensions; the search takes at most {MAX_DIM}")
 
 
 def _to_float32(block: Block, device: torch.device | None) -> Tensor:
@@ -234,9 +246,8 @@ def _to_float32(block: Block, device: torch.device | None) -> Tensor:
 
 def _as_tensor(block: Block) -> Tensor:
     if isinstance(block, np.ndarray):
-        # Arrow's zero-copy arrays are read-only, which torch.from_numpy warns about; it refuses negative
-        # strides.
-        if not block.flags.writeable or min(block.strides) < 0:
-            block = block.copy()
+        # Arrow's zero-copy arrays are read-only, which torch.from_numpy warns about; it refuses odd strides.
+        if not block.flags.writeable or not _strides_count_elements(block):
+            block = block.copy(order="C")
         block = torch.from_numpy(block)
     return block

@@ -7,8 +7,10 @@ terms, of the largest residual of the cast |g - c - g'|, the largest |g'| and th
 
     |v . (g - c) - s| <= |v| |g - c - g'| + (|v - v'| + gamma |v'|) |g'| + rounding of the exact score
 
-and a product that is stored in bfloat16 adds at most 2^-9 of itself. Subtracting a centre (a mean of rows) changes
-every score of a query by the same number and makes what is rounded shorter: embeddings of one modality lie in a cone.
+and a product that is stored in bfloat16, of 8 significant bits, adds at most 2^-8 of itself. Float64 sums round too:
+where the parts of a composed query cancel, v and v . c are off by 2^-53 of what cancelled. Subtracting a centre (a mean
+of rows) changes every score of a query by the same number and makes what is rounded shorter: embeddings of one modality
+lie in a cone.
 """
 
 from __future__ import annotations
@@ -26,24 +28,26 @@ from torch import Tensor
 from cir_core.schema import CirError
 from cir_core.search import kernels
 from cir_core.search.blocks import MAX_NORM, RowBlock, not_finite
-from cir_core.search.queries import TINY, LinearQueries
+from cir_core.search.queries import TINY, TINY_WEIGHT, LinearQueries
 from cir_core.search.top_k import TopK
 
 _COLUMNS = 256  # queries of one product: 4096 x 256 bfloat16 are 2 MiB, a core's second-level cache
 _TILE_CELLS = 2**21  # elements of a tile's rows: 4 MiB of bfloat16
 _LISTS = 2**14  # (query, weighting) pairs with candidate lists at a time: bounds their memory
 _UNIT = 2.0**-24
-_ROUNDING_16 = 2.0**-9 * 1.01
+_ROUNDING_16 = 2.0**-8 * 1.01
 
 
 @lru_cache(maxsize=1)
 def fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones: tried once, in milliseconds."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     with torch.no_grad():
         pairs = [
-            (torch.ones(1024, 256, dtype=dtype), torch.ones(256, 128, dtype=dtype))
+            (torch.ones(1024, 256, dtype=dtype, device="cpu"), torch.ones(256, 128, dtype=dtype, device="cpu"))
             for dtype in (torch.float32, torch.bfloat16)
         ]
         times = [float("inf")] * 2
@@ -93,9 +97,9 @@ class CompiledScan:
         step = max(1, _LISTS // queries.num_keys)
         starts = range(0, max(1, queries.num_queries), step)
         self.states = [self._state(queries.part(slice(at, at + step)), excluded, slice(at, at + step)) for at in starts]
-        self.scratch = torch.empty(self.tile_rows, queries.dim, dtype=self.dtype)
+        self.scratch = torch.empty(self.tile_rows, queries.dim, dtype=self.dtype, device="cpu")
         width = min(_COLUMNS, queries.num_queries)
-        self.tables = torch.empty(max(2, len(queries.parts)), self.tile_rows, width, dtype=self.dtype)
+        self.tables = torch.empty(len(self.states[0].products), self.tile_rows, width, dtype=self.dtype, device="cpu")
 
     @property
     def num_exact(self) -> int:
@@ -145,10 +149,10 @@ class CompiledScan:
         sums = np.einsum("rqk,rq->qk", np.abs(state.fixed["weights"]), state.queries.norms.numpy() + TINY)
         terms = [
             np.einsum("qpk,qp->qk", shares, whole),
-            np.einsum("qpk,qp->qk", shares, lost + (gamma + 16 * _UNIT) * kept),
+            np.einsum("qpk,qp->qk", shares, lost + (gamma + 16 * _UNIT) * kept) + (self.dim + 16) * 2.0**-50 * sums,
             16 * _UNIT * sums,
         ]
-        return np.ascontiguousarray(np.stack(terms) * 1.000001, dtype=np.float32)
+        return np.ascontiguousarray(np.stack(terms) * 1.000001 + TINY_WEIGHT, dtype=np.float32)
 
     def add(self, block: RowBlock) -> None:
         """Search one block of rows on the CPU."""
@@ -171,7 +175,7 @@ class CompiledScan:
 
     def _centre(self, block: RowBlock) -> Tensor:
         """float32[D]: a mean of rows for bfloat16; zero for float32, whose rounding is small as it is."""
-        return mean_row(block.rows) if self.dtype == torch.bfloat16 else torch.zeros(self.dim)
+        return mean_row(block.rows) if self.dtype == torch.bfloat16 else no_centre(self.dim)
 
     def _batch(self, state: _State, centre: Tensor) -> list[kernels.Batch]:
         """The state's queries in pieces of one product each, with empty lists for a new block."""
@@ -201,7 +205,7 @@ class CompiledScan:
         for number, piece in enumerate(batch):
             columns = slice(number * _COLUMNS, number * _COLUMNS + piece.num_queries)
             tables = []
-            for table, vectors in zip(self.tables, state.products, strict=False):
+            for table, vectors in zip(self.tables, state.products, strict=True):
                 out = table.view(-1)[: len(tile) * piece.num_queries].view(len(tile), piece.num_queries)
                 tables.append(torch.mm(tile, vectors[:, columns], out=out))
             kernels.scan_tile(piece, rows, tables, first_row=start, stats=stats)
@@ -214,6 +218,11 @@ class CompiledScan:
             TopK(torch.from_numpy(scores[:, key].copy()), torch.from_numpy(indices[:, key].copy()))
             for key in range(self.num_keys)
         ]
+
+
+def no_centre(dim: int) -> Tensor:
+    """float32[D] of zeros on the CPU, whatever torch's defaults are: the loops read its memory."""
+    return torch.zeros(dim, dtype=torch.float32, device="cpu")
 
 
 def mean_row(rows: Tensor | npt.NDArray[Any]) -> Tensor:

@@ -1,8 +1,10 @@
 /* The inner loops of the exact search on a CPU: cast rows for the scan, prune, keep candidates, score them exactly.
 
    Plain C without Python objects; kernels.py calls it through ctypes. The threads are OpenMP's, which are torch's: of a
-   pool of our own each would wait for a core on which one of torch's still spins. The mathematics and the bounds are explained in scan.py. Every number that decides a result is computed in
-   IEEE float64 in a fixed order: compiled with -ffp-contract=off, so that it equals top_k.py's torch code to the bit. */
+   pool of our own each would wait for a core on which one of torch's still spins. What grows with D is on the heap: their
+   stacks may be small. The mathematics and the bounds are explained in compiled_scan.py. Every number that decides a
+   result is computed in IEEE float64 in a fixed order: compiled with -ffp-contract=off, so that it equals top_k.py's
+   torch code to the bit. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -21,6 +23,7 @@
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 enum { MAX_COLUMNS = 1024, LANES = 16, STEPS = 128 };
+enum { ALL_FINITE = -1, NO_MEMORY = -2 }; /* of cast_rows, where there is no bad row */
 
 /* One batch of queries; arrays are C-contiguous. Q queries, K keys (weightings), P scanned products, R parts of the
    exact score. A key's scanned score is the sum over products of weight * product. */
@@ -123,13 +126,17 @@ INLINE float sum_of_squares(const float *values, int64_t n) {
 
 static FAST int64_t cast_range(const Block *block, int64_t from, int64_t to, int64_t dim, const float *centre,
                                void *out, int32_t to_bf16, float max_norm, float *stats) {
-  float row[dim], kept[dim], rest[dim];
+  float *restrict row = malloc((size_t)dim * 4), *restrict kept = malloc((size_t)dim * 4);
+  float *restrict rest = calloc((size_t)dim, 4);
+  int64_t bad = row && kept && rest ? ALL_FINITE : NO_MEMORY;
   float residual = stats[0], scanned = stats[1], norm = stats[2];
-  for (int64_t i = 0; i < dim; i++) rest[i] = 0;
-  for (int64_t r = from; r < to; r++) {
+  for (int64_t r = from; r < to && bad == ALL_FINITE; r++) {
     load_row(row, block, r, dim);
     float whole = sum_of_squares(row, dim);
-    if (!(sqrtf(whole) <= max_norm)) return r;
+    if (!(sqrtf(whole) <= max_norm)) {
+      bad = r;
+      break;
+    }
     norm = larger(norm, whole);
     if (to_bf16) {
       uint16_t *cells = (uint16_t *)out + (r - from) * dim;
@@ -148,7 +155,8 @@ static FAST int64_t cast_range(const Block *block, int64_t from, int64_t to, int
     scanned = larger(scanned, sum_of_squares(kept, dim));
   }
   stats[0] = residual, stats[1] = scanned, stats[2] = norm; /* squares; the caller takes roots */
-  return -1;
+  free(row), free(kept), free(rest);
+  return bad;
 }
 
 /* float64 inner product, added in the order of top_k.pair_dots: the upper half onto the lower, again and again. */
@@ -162,14 +170,17 @@ INLINE double fixed_order_dot(const float *restrict a, const float *restrict b, 
   return sums[0];
 }
 
-static FAST void dot_range(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
-                           int64_t from, int64_t to, int64_t dim, double *out) {
-  float row[dim];
-  double sums[dim];
-  for (int64_t p = from; p < to; p++) {
+static FAST int dot_range(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
+                          int64_t from, int64_t to, int64_t dim, double *out) {
+  float *row = malloc((size_t)dim * sizeof(float));
+  double *sums = malloc((size_t)dim * sizeof(double));
+  int failed = !row || !sums;
+  for (int64_t p = from; p < to && !failed; p++) {
     load_row(row, block, right[p], dim);
     out[p] = fixed_order_dot(queries + left[p] * dim, row, sums, dim);
   }
+  free(row), free(sums);
+  return failed ? -1 : 0;
 }
 
 /* --- lists --------------------------------------------------------------------------------------------------- */
@@ -315,12 +326,12 @@ INLINE int settle(Batch *b, const Block *block, int64_t query, float *scratch) {
   if (count == 0) return 0;
   double *dots = malloc((size_t)(count * R) * sizeof(double));
   Scored *found = malloc((size_t)(count + b->k) * sizeof(Scored));
-  if (!dots || !found) {
-    free(dots), free(found);
+  float *row = malloc((size_t)dim * sizeof(float));
+  double *sums = malloc((size_t)dim * sizeof(double));
+  if (!dots || !found || !row || !sums) {
+    free(dots), free(found), free(row), free(sums);
     return -1;
   }
-  float row[dim];
-  double sums[dim];
   for (int64_t c = 0; c < count; c++) {
     load_row(row, block, rows[c], dim);
     for (int64_t part = 0; part < R; part++)
@@ -340,7 +351,7 @@ INLINE int settle(Batch *b, const Block *block, int64_t query, float *scratch) {
     }
     merge_best(b, list, found, num_found, found + count);
   }
-  free(dots), free(found);
+  free(dots), free(found), free(row), free(sums);
   b->count[query] = 0;
   b->limit[query] = (int32_t)(2 * b->k < b->capacity ? 2 * b->k : b->capacity);
   set_need(b, query);
@@ -551,7 +562,7 @@ static FAST int scan_range(const Tile *t, int64_t from, int64_t to, int32_t bf16
   if (!failed) begin_tile(b, t->stats, from, to);
   for (int64_t first = from; first < to && !failed; first += MAX_COLUMNS) {
     int64_t last = first + MAX_COLUMNS < to ? first + MAX_COLUMNS : to;
-    if (b->num_products == 1)
+    if (b->num_keys == 1)
       failed = bf16 ? scan_single(t, first, last, scratch, 1) : scan_single(t, first, last, scratch, 0);
     else
       failed = bf16 ? scan_weighted(t, first, last, scratch, 1) : scan_weighted(t, first, last, scratch, 0);
@@ -574,10 +585,10 @@ static FAST int settle_range(Batch *b, const Block *block, int64_t from, int64_t
 /* --- what kernels.py calls: the work in equal ranges, one a thread ------------------------------------------------ */
 
 /* out[i] = rows[i] - centre, in bfloat16 or float32. stats: float[3], the largest |row - centre - out|^2, |out|^2 and
-   |row|^2, as computed in float32; returns the first row whose norm is not at most max_norm, or -1. */
+   |row|^2, as computed in float32; returns the first row whose norm is not at most max_norm, ALL_FINITE or NO_MEMORY. */
 EXPORT int64_t cast_rows(const Block *block, int64_t from, int64_t to, int64_t dim, const float *centre, void *out,
                          int32_t to_bf16, float max_norm, float *stats, int32_t threads) {
-  int64_t bad = -1, size = to_bf16 ? 2 : 4;
+  int64_t bad = ALL_FINITE, size = to_bf16 ? 2 : 4;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int32_t n = 0; n < threads; n++) {
     int64_t first = from + (to - from) * n / threads, last = from + (to - from) * (n + 1) / threads;
@@ -586,18 +597,21 @@ EXPORT int64_t cast_rows(const Block *block, int64_t from, int64_t to, int64_t d
         cast_range(block, first, last, dim, centre, (char *)out + (first - from) * dim * size, to_bf16, max_norm, own);
 #pragma omp critical
     {
-      if (found >= 0 && (bad < 0 || found < bad)) bad = found;
+      if (found == NO_MEMORY || (found >= 0 && bad != NO_MEMORY && (bad < 0 || found < bad))) bad = found;
       for (int i = 0; i < 3; i++) stats[i] = larger(stats[i], own[i]);
     }
   }
   return bad;
 }
 
-EXPORT void pair_dots(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
-                      int64_t num_pairs, int64_t dim, double *out, int32_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+/* out[p] = queries[left[p]] . rows[right[p]]. 0, or -1 where memory has run out. */
+EXPORT int pair_dots(const float *queries, const Block *block, const int64_t *left, const int64_t *right,
+                     int64_t num_pairs, int64_t dim, double *out, int32_t threads) {
+  int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(| : failed)
   for (int32_t n = 0; n < threads; n++)
-    dot_range(queries, block, left, right, num_pairs * n / threads, num_pairs * (n + 1) / threads, dim, out);
+    failed |= dot_range(queries, block, left, right, num_pairs * n / threads, num_pairs * (n + 1) / threads, dim, out);
+  return failed;
 }
 
 /* Scan a tile for all queries of its batch. 0, or -1 where memory has run out. */

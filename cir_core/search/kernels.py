@@ -25,6 +25,7 @@ except ImportError:  # no compiler where this was installed
 else:
     _library = ctypes.CDLL(str(_kernels.__file__))
 
+_NO_MEMORY = -2
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Array = npt.NDArray[Any]
 
@@ -138,7 +139,7 @@ def _threads(count: int) -> ctypes.c_int32:
 
 def _checked(failed: int) -> None:
     if failed:
-        raise CirError("the search ran out of memory for its candidates: search fewer queries or weightings at a time")
+        raise CirError("the search ran out of memory: search fewer queries or weightings at a time, or a smaller k")
 
 
 def scan_tile(batch: Batch, rows: Rows, products: list[Tensor], *, first_row: int, stats: tuple[float, ...]) -> None:
@@ -187,15 +188,15 @@ def cast_rows(rows: Rows, start: int, stop: int, centre: Tensor, out: Tensor, ma
         ctypes.c_void_p(stats.ctypes.data),
         _threads(stop - start),
     )
+    _checked(bad == _NO_MEMORY)
     return bad if bad >= 0 else np.sqrt(stats)
 
 
 def pair_dots(queries: Tensor, rows: Rows, left: Tensor, right: Tensor) -> Tensor:
     """float64[P]: `top_k.pair_dots` of float32 queries on the CPU, to the bit."""
     queries, left, right = queries.contiguous(), left.contiguous(), right.contiguous()
-    out = torch.empty(len(left), dtype=torch.float64)
-
-    _call(
+    out = torch.empty(len(left), dtype=torch.float64, device="cpu")
+    failed = _call(
         "pair_dots",
         ctypes.c_void_p(queries.data_ptr()),
         ctypes.byref(rows.c),
@@ -206,6 +207,7 @@ def pair_dots(queries: Tensor, rows: Rows, left: Tensor, right: Tensor) -> Tenso
         ctypes.c_void_p(out.data_ptr()),
         _threads(len(left)),
     )
+    _checked(failed)
     return out
 
 

@@ -8,7 +8,9 @@ import torch
 from cir_core.schema import CirError
 from cir_core.search import kernels
 from cir_core.search.blocks import Block, PreparedGallery, check_block, iter_row_blocks
-from cir_core.search.compiled_scan import cast_checked, mean_row, scan_dtype, tile_rows
+from cir_core.search.compiled_scan import cast_checked, mean_row, no_centre, scan_dtype, tile_rows
+
+_MAX_ROWS = 2**31 - 1  # the loops number the rows of a block in 32 bits
 
 
 def prepare_gallery(rows: Block) -> PreparedGallery:
@@ -16,16 +18,18 @@ def prepare_gallery(rows: Block) -> PreparedGallery:
 
     rows: float16, bfloat16 or float32 [N, D], Tensor on the CPU or ndarray, N >= 1. They are kept as they are, for exact
     scores, and read only where a candidate is: a memory map costs no memory. What is added is [N, D] in bfloat16, half of
-    float32, where the processor multiplies that fast (else float32 rows are scanned as they are, at no memory at all).
-    Raises CirError for NaN, infinity, other dtypes and shapes, and rows on a GPU.
+    float32, where the processor multiplies that fast, and in float32 elsewhere.
+    Raises CirError for NaN, infinity, other dtypes and shapes, 2^31 rows and more, and rows on a GPU.
     """
     check_block(rows, "gallery", None)
     if isinstance(rows, torch.Tensor) and rows.device.type != "cpu":
         raise CirError("prepare_gallery takes rows on the CPU; on a GPU plain blocks are searched as they are")
-    (block,) = iter_row_blocks(rows, rows.shape[1], min_rows=1, max_rows=2**31 - 1)
+    if len(rows) > _MAX_ROWS:
+        raise CirError(f"prepare_gallery takes at most {_MAX_ROWS} rows, not {len(rows)}: prepare parts of the gallery")
+    (block,) = iter_row_blocks(rows, rows.shape[1], min_rows=1, max_rows=_MAX_ROWS)
     source, dtype, step = kernels.Rows(block.rows), scan_dtype(), tile_rows(rows.shape[1])
-    centre = mean_row(block.rows) if dtype == torch.bfloat16 else torch.zeros(rows.shape[1])
-    scanned = torch.empty(rows.shape, dtype=dtype)
+    centre = mean_row(block.rows) if dtype == torch.bfloat16 else no_centre(rows.shape[1])
+    scanned = torch.empty(rows.shape, dtype=dtype, device="cpu")
     starts = range(0, len(rows), step)
     stats = [
         cast_checked(source, start, min(start + step, len(rows)), centre, scanned[start : start + step])

@@ -15,6 +15,9 @@ IndexLists = Tensor | Sequence[int] | Sequence[Sequence[int]]
 # Stands in for norms and products lost to underflow: they are below 1e-19 a component, so below this for D <
 # 1e8.
 TINY = 1e-15
+# Stands in for weights and weighted products lost to underflow in float32, 1.2e-38 each: times TINY it is above the
+# latter, and times a norm above the former times any product.
+TINY_WEIGHT = 1e-21
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class LinearQueries:
     def error_scale(self) -> Tensor:
         """float64 [K, Q]: the error bound E of the module docstring divided by the largest |g|."""
         n = (self.dim + 8) * 2.0**-24
-        return 1.01 * n / (1 - n) * (self.weights.abs() * (self.norms + TINY)).sum(1)
+        return 1.01 * n / (1 - n) * (self.weights.abs() * (self.norms + TINY)).sum(1) + TINY_WEIGHT
 
     def exact_scores(self, key: int, query: Tensor, dots: Sequence[Tensor]) -> Tensor:
         """float32[P]: the definition of a score, from float64 dots; the parts are added in order."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -32,19 +33,34 @@ _MAX_PAIRS = 2**20  # candidates held before they are scored: about 30 MiB of in
 _LOWEST = torch.finfo(torch.float32).min
 
 
+_precision_lock = Lock()
+_precision_before: list[str] = []  # what the first of the searches that run now found
+_num_searches = 0
+
+
 @contextmanager
 def ieee_float32(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, and true float32 products: TF32 and bfloat16 would break the error bound."""
+    """No gradients, no autocast, and true float32 products: TF32 and bfloat16 would break the error bound.
+
+    The precision is one of the whole process: of several searches at once the last to end puts it back.
+    """
+    global _num_searches, _precision_before
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
+    with _precision_lock:
+        if _num_searches == 0:
+            _precision_before = [backend.fp32_precision for backend in backends]
+        _num_searches += 1
         for backend in backends:
             backend.fp32_precision = "ieee"
+    try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        with _precision_lock:
+            _num_searches -= 1
+            if _num_searches == 0:
+                for backend, precision in zip(backends, _precision_before, strict=True):
+                    backend.fp32_precision = precision
 
 
 class Scan:
