@@ -9,6 +9,8 @@ runs in torch (scan.py): same results to the bit, more time.
 from __future__ import annotations
 
 import ctypes
+import logging
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,33 @@ else:
     _library = ctypes.CDLL(str(_kernels.__file__))
 
 _NO_MEMORY = -2
+_logger = logging.getLogger("cir_core.search")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _Array = npt.NDArray[Any]
 
 
 def is_compiled() -> bool:
-    """Whether the compiled loops are there."""
-    return _library is not None
+    """Whether the compiled loops are there, and of this version; where not, that is logged once."""
+    return _usable() is not None
+
+
+@lru_cache(maxsize=1)
+def _usable() -> ctypes.CDLL | None:
+    if _library is None:
+        _logger.warning("searching without the compiled loops, several times slower: install again with a C compiler")
+        return None
+    ours = [ctypes.sizeof(structure) for structure in (_Batch, _Block, _Tile)]
+    try:
+        _library.structure_sizes.restype = ctypes.c_int64
+        theirs = _library.structure_sizes()
+    except AttributeError:
+        theirs = -1
+    if theirs != ours[0] * 1_000_000 + ours[1] * 1_000 + ours[2]:
+        _logger.warning(
+            "the compiled loops of the search are of another version and not used: install again (make install)"
+        )
+        return None
+    return _library
 
 
 class _Block(ctypes.Structure):
@@ -212,8 +234,9 @@ def pair_dots(queries: Tensor, rows: Rows, left: Tensor, right: Tensor) -> Tenso
 
 
 def _call(name: str, *arguments: Any) -> int:
-    if _library is None:
+    library = _usable()
+    if library is None:
         raise RuntimeError("the compiled loops are not there")
-    function = getattr(_library, name)
+    function = getattr(library, name)
     function.restype = ctypes.c_int64 if name == "cast_rows" else ctypes.c_int
     return int(function(*arguments))

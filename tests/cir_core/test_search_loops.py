@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,3 +329,17 @@ def test_stopping_to_read_closes_the_reader():
     assert next(reading) == 1
     reading.close()
     assert closed == [True]
+
+
+@needs_loops
+def test_loops_of_another_version_are_not_called(monkeypatch, caplog):
+    def structure_sizes():
+        return 1
+
+    monkeypatch.setattr(kernels, "_library", SimpleNamespace(structure_sizes=structure_sizes))
+    monkeypatch.setattr(kernels, "_usable", kernels._usable.__wrapped__)
+    assert not kernels.is_compiled()
+    assert "another version" in caplog.text
+    monkeypatch.setattr(kernels, "_library", None)
+    assert not kernels.is_compiled()
+    assert "without the compiled loops" in caplog.text
