@@ -21,7 +21,7 @@ from cir_core.preprocessing import Preprocessing, preprocess_image
 from cir_core.schema import CirError
 from cir_core.shards import Sample, list_shards, read_shard
 from jobs.benchmark_embedding import saved_model, write_photos
-from jobs.session import connect
+from jobs.session import connect, say
 
 if TYPE_CHECKING:
     from cir_core.tuning import TextAnchoredTuner
@@ -138,6 +138,10 @@ def measure_training_job(config: BenchmarkConfig) -> Measured:
         for number in range(config.rounds):
             for turn in (job, loop) if number % 2 else (loop, job):
                 turn(f"round-{number}")
+            say(
+                f"round {number + 1}/{config.rounds}: tat_train.py {jobs[-1].samples_per_second:.2f} samples/s, waiting for data "
+                f"{100 * jobs[-1].data_wait_share:.1f} %; bare loop {bare[-1][0]:.2f} samples/s"
+            )
         decode_s = decode_cpu_seconds(list_shards(data)[0], setting.encoder.preprocessing)
     return report(config, f"{setting.about}, from captions", jobs=jobs, bare=bare, decode_s=decode_s)
 
