@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -111,11 +111,13 @@ def matmul():
 def test_searches_at_once_keep_true_float32_until_the_last_ends(matmul):
     matmul.fp32_precision = "bf16"
     cpu = torch.device("cpu")
-    with ExitStack() as first, ExitStack() as second:
-        first.enter_context(ieee_float32(cpu))
-        second.enter_context(ieee_float32(cpu))
-        first.close()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:  # gradients are a setting of the thread
+        one, other = ieee_float32(cpu), ieee_float32(cpu)
+        first.submit(one.__enter__).result()
+        second.submit(other.__enter__).result()
+        first.submit(one.__exit__, None, None, None).result()
         assert matmul.fp32_precision == "ieee"
+        second.submit(other.__exit__, None, None, None).result()
     assert matmul.fp32_precision == "bf16"
 
 
