@@ -423,6 +423,7 @@ def test_digest_follows_function_not_provenance(adapter: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_saved_bytes_do_not_depend_on_the_hash_seed(tiny_model_dir: Path, tmp_path: Path) -> None:
     code = (
         "import sys, torch, open_clip; from cir_core import lora; torch.manual_seed(0)\n"

@@ -222,6 +222,7 @@ def test_a_picture_that_cannot_be_used(servers, shop, tiny_model_dir, tmp_path):
     assert lists(servers, "some", "sum").keys() == {None}
 
 
+@pytest.mark.long
 def test_a_gallery_with_captions_is_composed(servers, shop):
     done = answer(servers, shop, shop / "queries.jsonl", "composed", "--gallery_alpha", "0.3", "--num_shards", "1")
     assert done.returncode == 0, done.stderr[-3000:]

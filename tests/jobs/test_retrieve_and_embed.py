@@ -85,6 +85,7 @@ def test_an_image_folder_is_embedded(servers, pairs, tiny_model_dir, tmp_path):
     assert (store.num_rows, store.manifest.num_rejects) == (20, 1)
 
 
+@pytest.mark.long
 def test_a_killed_embedding_goes_on_and_ends_the_same(servers, pairs, tiny_model_dir, tmp_path, whole_store):
     cut = tmp_path / "cut"
     model = f"local-dir:{tiny_model_dir}"

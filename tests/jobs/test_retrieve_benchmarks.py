@@ -197,6 +197,7 @@ def test_fashioniq_with_its_real_annotations(servers, annotations, tiny_model_di
     assert (folder / "toptee-original" / "contact_sheet.html").exists()
 
 
+@pytest.mark.long
 def test_genecis_crops_are_embedded_not_whole_pictures(servers, tiny_model_dir, tmp_path):
     boxes = [{"image_id": number, "instance_bbox": [3 * number, 2, 20, 30]} for number in range(1, 9)]
     other = {"image_id": 1, "instance_bbox": [30, 0, 25, 12]}

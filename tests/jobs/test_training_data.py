@@ -116,6 +116,7 @@ def test_counts_are_kept_between_runs(connected, shards, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == stored
 
 
+@pytest.mark.long
 def test_anchors_travel_with_their_images(shards, text_anchors, tiny_model_dir):
     indexes = tuple(index_shard(shard, slice_rows=16) for shard in shards)
     plan = RunPlan(indexes, BATCH, seed=1, epochs=1, steps_per_round=4)
