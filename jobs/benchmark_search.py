@@ -51,7 +51,7 @@ def table(title: str, notes: str, seconds: dict[str, list[float]], *, over: str)
         ratios = sorted(one / base for one, base in zip(spent, seconds[over], strict=True))
         median = statistics.median(ratios)
         lines.append(f"| {name} | {statistics.median(spent):.3f} | {median:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}] |")
-        prefix = f"{title}/{name}".lower()
+        prefix = f"{title}/{name}".lower().replace(",", "")  # MLflow takes no commas
         metrics |= {f"{prefix}/seconds": statistics.median(spent), f"{prefix}/over {over}": median}
     return Measured("\n".join([*lines, ""]), metrics)
 

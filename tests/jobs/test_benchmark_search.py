@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cir_core.schema import CirError
@@ -16,6 +18,7 @@ def test_a_table_and_its_numbers(measure):
     found = measure(BenchmarkConfig.model_validate(SMALL))
     assert "5 queries, 3000 x 16" in found.markdown
     assert found.markdown.count("\n| ") == 1 + len(found.metrics) // 2
+    assert all(re.fullmatch(r"[\w/. :-]+", key) for key in found.metrics)  # what MLflow takes
     assert all(value > 0 for value in found.metrics.values())
     assert any(key.startswith(("exact search/", "search of a gallery in storage/")) for key in found.metrics)
 
