@@ -92,6 +92,7 @@ class CompiledScan:
         self.dtype = scan_dtype()
         self.direct = queries.num_keys == 1  # one product with the composed query is cheaper than one a part
         self.group = 16 if self.direct else 4
+        # Neighbouring weightings share most of their rows: 21 alphas keep some ten times k, and as many that wait.
         self.capacity = 4 * k * min(queries.num_keys, 8) + 128
         self.tile_rows = tile_rows(queries.dim)
         step = max(1, _LISTS // queries.num_keys)
@@ -140,9 +141,8 @@ class CompiledScan:
         return state
 
     def _slack_terms(self, state: _State) -> npt.NDArray[np.float32]:
-        n = (
-            2 * (self.dim + 16) * _UNIT
-        )  # twice the bound of float32 sums: matrix units flush and add in their own order
+        # Twice the bound of float32 sums: matrix units flush and add in their own order.
+        n = 2 * (self.dim + 16) * _UNIT
         gamma = 1.01 * n / (1 - n)
         whole, lost, kept = (state.scanned64[:, which].T for which in range(3))  # [Q, P]
         shares = np.abs(state.scan_weights)

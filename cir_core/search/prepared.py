@@ -7,7 +7,7 @@ import torch
 
 from cir_core.schema import CirError
 from cir_core.search import kernels
-from cir_core.search.blocks import Block, PreparedGallery, check_block, iter_row_blocks
+from cir_core.search.blocks import Block, PreparedGallery, check_block, iter_row_blocks, iter_tiles
 from cir_core.search.compiled_scan import cast_checked, mean_row, no_centre, scan_dtype, tile_rows
 
 _MAX_ROWS = 2**31 - 1  # the loops number the rows of a block in 32 bits
@@ -18,7 +18,7 @@ def prepare_gallery(rows: Block) -> PreparedGallery:
 
     rows: float16, bfloat16 or float32 [N, D], Tensor on the CPU or ndarray, N >= 1. They are kept as they are, for exact
     scores, and read only where a candidate is: a memory map costs no memory. What is added is [N, D] in bfloat16, half of
-    float32, where the processor multiplies that fast, and in float32 elsewhere.
+    float32, where the processor multiplies that fast, and in float32 elsewhere; without the compiled loops nothing is.
     Raises CirError for NaN, infinity, other dtypes and shapes, 2^31 rows and more, and rows on a GPU.
     """
     check_block(rows, "gallery", None)
@@ -27,6 +27,13 @@ def prepare_gallery(rows: Block) -> PreparedGallery:
     if len(rows) > _MAX_ROWS:
         raise CirError(f"prepare_gallery takes at most {_MAX_ROWS} rows, not {len(rows)}: prepare parts of the gallery")
     (block,) = iter_row_blocks(rows, rows.shape[1], min_rows=1, max_rows=_MAX_ROWS)
+    if (
+        not kernels.is_compiled()
+    ):  # the torch scan takes rows as they are, and they are checked by being cut into its tiles
+        for _ in iter_tiles(rows, rows.shape[1], device=torch.device("cpu"), max_rows=8192):
+            pass
+        nothing = torch.empty(0, rows.shape[1], device="cpu")
+        return PreparedGallery(block.rows, nothing, no_centre(rows.shape[1]), np.empty((0, 3)), 1)
     source, dtype, step = kernels.Rows(block.rows), scan_dtype(), tile_rows(rows.shape[1])
     centre = mean_row(block.rows) if dtype == torch.bfloat16 else no_centre(rows.shape[1])
     scanned = torch.empty(rows.shape, dtype=dtype, device="cpu")

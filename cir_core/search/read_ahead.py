@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import TypeVar
 
+from cir_core.schema import CirError
+
 T = TypeVar("T")
 _END = object()
 
@@ -17,7 +19,10 @@ def read_ahead(blocks: Iterable[T], num_blocks: int = 1) -> Iterator[T]:
 
     At most num_blocks + 1 blocks are in memory: the one that was yielded last and those ahead. An error of the iterable is
     raised where its block would have come. Closing this generator closes the iterable when its present block is done.
+    Raises CirError for fewer than one block.
     """
+    if num_blocks < 1:
+        raise CirError(f"read_ahead: num_blocks must be at least 1, not {num_blocks}")
     iterator = iter(blocks)
     context = copy_context()
 

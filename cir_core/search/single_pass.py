@@ -26,7 +26,7 @@ class Consumer(Protocol):
     """What takes in a gallery piece by piece."""
 
     def add(self, piece: Any) -> None:
-        """Take in one piece: a RowBlock with the compiled loops, a Tile without."""
+        """Take in one piece: a RowBlock where one of the consumers is a CompiledScan, which comes first, else a Tile."""
 
     def results(self) -> list[TopK]:
         """Return one TopK a key."""
@@ -35,7 +35,8 @@ class Consumer(Protocol):
 def gallery_scan(queries: LinearQueries, k: int, exclude: IndexLists | None) -> Consumer:
     """Return the scan for where the queries are. exclude: as in exact_top_k."""
     excluded = None if exclude is None else padded_indices(exclude, queries.num_queries, "exclude", queries.device)
-    return CompiledScan(queries, k, excluded) if _compiled(queries) else Scan(queries, k, excluded)
+    compiled = kernels.is_compiled() and queries.device.type == "cpu"
+    return CompiledScan(queries, k, excluded) if compiled else Scan(queries, k, excluded)
 
 
 class SubsetRanking:
@@ -60,7 +61,7 @@ class SubsetRanking:
 def one_pass(queries: LinearQueries, gallery_blocks: GalleryBlocks, consumers: Sequence[Consumer]) -> None:
     """Show every row of the gallery to every consumer once."""
     pieces: Iterable[RowBlock | Tile]
-    if _compiled(queries):
+    if any(isinstance(one, CompiledScan) for one in consumers):  # it checks the values as it casts them
         pieces = iter_row_blocks(gallery_blocks, queries.dim, min_rows=MIN_BLOCK_ROWS, max_rows=MAX_BLOCK_ROWS)
     else:
         rows = min((one.tile_rows for one in consumers if isinstance(one, Scan)), default=8192)
@@ -69,10 +70,6 @@ def one_pass(queries: LinearQueries, gallery_blocks: GalleryBlocks, consumers: S
         for piece in pieces:
             for consumer in consumers:
                 consumer.add(piece)
-
-
-def _compiled(queries: LinearQueries) -> bool:
-    return kernels.is_compiled() and queries.device.type == "cpu"
 
 
 def checked_k(k: int) -> int:

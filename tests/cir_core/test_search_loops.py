@@ -290,6 +290,24 @@ def test_the_whole_and_every_query_s_own_list_come_from_one_pass(compiled, monke
         same(own[name], subset_top_k(image, text, gallery, weights, subsets)[name])
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_galleries_are_prepared_and_subsets_checked_with_and_without_loops(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("cir_core.search.kernels.is_compiled", lambda: False)
+    queries, gallery, one = unit(4, 20, seed=1), unit(9000, 20, seed=2).half(), torch.ones(4, dtype=torch.float64)
+    prepared = prepare_gallery(gallery.numpy())
+    assert len(prepared) == 9000
+    same(exact_top_k(queries, prepared, 9), exact_top_k(queries, gallery, 9))
+    subsets = [[8999, 3], [1], [], [2]]
+    own = subset_top_k(queries, queries, prepared, {0: (one, one)}, subsets)[0]
+    same(own, subset_top_k(queries, queries, gallery, {0: (one, one)}, subsets)[0])
+    gallery[8999, 7] = torch.nan
+    with pytest.raises(CirError, match="gallery row 8999 holds NaN"):
+        prepare_gallery(gallery)
+    with pytest.raises(CirError, match="gallery row 8999 holds NaN"):
+        subset_top_k(queries, queries, gallery, {0: (one, one)}, subsets)
+
+
 def test_mean_row_of_huge_rows_is_left_out():
     assert bool((mean_row(torch.full((3, 2), 3e38)) == 0).all())
 
@@ -303,6 +321,8 @@ def test_reading_ahead_keeps_order_and_bounds_and_hands_errors_on():
             yield number
         raise CirError("the part is damaged")
 
+    with pytest.raises(CirError, match="num_blocks"):
+        next(read_ahead(blocks(), 0))
     seen = []
     reading = read_ahead(blocks(), 2)
     for number in reading:
