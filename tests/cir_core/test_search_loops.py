@@ -293,7 +293,7 @@ def test_the_whole_and_every_query_s_own_list_come_from_one_pass(compiled, monke
 @pytest.mark.parametrize("compiled", [True, False])
 def test_galleries_are_prepared_and_subsets_checked_with_and_without_loops(compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr("cir_core.search.kernels.is_compiled", lambda: False)
+        monkeypatch.setattr(kernels, "_usable", lambda: None)
     queries, gallery, one = unit(4, 20, seed=1), unit(9000, 20, seed=2).half(), torch.ones(4, dtype=torch.float64)
     prepared = prepare_gallery(gallery.numpy())
     assert len(prepared) == 9000
