@@ -27,8 +27,9 @@ from cir_core.benchmarks import protocol_options
 from cir_core.schema import CirError
 from jobs.config import JobConfig, parse_config
 from jobs.decoding import embedding_resources
-from jobs.models import inspect_variants
+from jobs.models import import_models, inspect_variants
 from jobs.session import check_resources, connect, run, say
+from jobs.start_up import StartUp
 
 Method = Literal["image_only", "text_only", "sum", "nlerp", "slerp", "score_fusion"]
 NEWEST, NONE = "newest", "none"
@@ -208,6 +209,7 @@ def find_adapter(config: BatchRetrieveConfig) -> tuple[str | None, dict[str, str
 
 def main() -> None:
     """Read the settings and have a worker check the models while this process imports what retrieval needs."""
+    start_up = StartUp()
     config = parse_config(BatchRetrieveConfig, "batch_retrieve", __doc__.split("\n")[0])
     protocol_options(config.benchmark)  # an unknown benchmark is an error that lists the known ones
     if config.benchmark == "custom":
@@ -216,11 +218,15 @@ def main() -> None:
         answer_queries(config)
         return
     config.refuse(_FOR_CATALOGUES, f"with --benchmark {config.benchmark}")
+    start_up.reached("first imports")
+    connect()
+    imported = import_models.remote()
+    check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))
+    start_up.reached("connection")
     adapter, source = find_adapter(config)
     if source:
         say(f"adapter of tat_train run {source['name']} ({source['run_id']}): {adapter}")
-    connect()
-    check_resources(embedding_resources(config.num_encoders, use_gpu=config.use_gpu))
+    start_up.reached("tracking server")
     checking = inspect_variants.options(num_gpus=1 if config.use_gpu else 0).remote(
         config.model or ("scenes-tiny" if adapter is None else ""),
         config.pretrained,
@@ -228,10 +234,14 @@ def main() -> None:
         config.device,
         config.precision,
         config.preprocessing_mode,
+        imported,
     )
     from jobs.retrieval_job import retrieve_and_report
 
-    retrieve_and_report(config, ray.get(checking), (source or {}).get("name", ""))
+    start_up.reached("imports")
+    models = ray.get(checking)
+    start_up.reached("models checked")
+    retrieve_and_report(config, models, (source or {}).get("name", ""), start_up)
 
 
 if __name__ == "__main__":

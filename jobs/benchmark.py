@@ -6,6 +6,7 @@
     python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 320 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
+    python jobs/benchmark.py --measure '[start_up]' --rounds 3            # with the servers of `make up`
     python jobs/benchmark.py --measure '[search, search_streamed]' --tracking_uri http://127.0.0.1:5000      # and into MLflow
 
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
@@ -34,6 +35,7 @@ from cir_core.schema import CirError
 from jobs import tracking
 from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
 from jobs.benchmark_search import measure_search, measure_search_streamed
+from jobs.benchmark_start_up import measure_start_up
 from jobs.benchmark_training import (
     Measured,
     measure_training_caching,
@@ -59,7 +61,7 @@ class BenchmarkConfig(JobConfig):
         "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data), search (exact search, the "
         "bare product, FAISS), search_streamed (a gallery in Parquet parts), training_peft, training_open_clip (our step beside "
         "theirs), training_caching (gradient caching and checkpointing), training_job (tat_train.py beside a bare loop of its "
-        "step).",
+        "step), start_up (from `ray job submit` to the first step and the first search result).",
     )
     model: str = Field("scenes-tiny", description="open_clip model name, local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(
@@ -181,6 +183,7 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str | Measured]] = {
     "training_open_clip": measure_training_open_clip,
     "training_caching": measure_training_caching,
     "training_job": measure_training_job,
+    "start_up": measure_start_up,
 }
 
 

@@ -22,6 +22,7 @@ from cir_core.schema import CirError
 from cir_core.shards import Sample, list_shards, read_shard
 from jobs.benchmark_embedding import saved_model, write_photos
 from jobs.session import connect, say
+from jobs.start_up import StartUp
 
 if TYPE_CHECKING:
     from cir_core.tuning import TextAnchoredTuner
@@ -82,7 +83,7 @@ def run_job(
     }
     job = TatTrainConfig.model_validate(settings)
     with contextlib.chdir(home):  # where MLflow puts the artifacts of runs that are kept in a file
-        tune(job, inspect_model.remote(model, weights, lora=job.lora, patch_dropout=job.patch_dropout))
+        tune(job, inspect_model.remote(model, weights, lora=job.lora, patch_dropout=job.patch_dropout), StartUp())
     result = files.read_json(RunFolder(job.storage_path, "tat_train", name).path("result.json"))
     history: list[dict[str, Any]] = result["history"]
     return history

@@ -176,7 +176,11 @@ class ShardEmbedder:
     def _load(plan: EmbedPlan) -> Any:
         model, pretrained, adapter, precision, mode, decode = plan.encoder
         device = "cuda" if plan.use_gpu else "cpu"
-        return load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode, decode=decode)
+        encoder = load_encoder(model, pretrained, adapter, device, precision, preprocessing_mode=mode, decode=decode)
+        from cir_core.lora import last_block_for_class_token  # imports open_clip, which a driver has no use for
+
+        last_block_for_class_token(encoder.model.visual)
+        return encoder
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Embed the units in `batch`; one row for each: its plan, its PartInfo and why rows were rejected, as JSON."""

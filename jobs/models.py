@@ -1,7 +1,7 @@
 """Models as a driver sees them: a Ray worker loads and checks them, and says what they are.
 
-Importing torch, open_clip and peft takes several times as long as the rest of a driver's start. A worker does it while
-the driver goes on, and Ray gives its process, with the imports done, to the job's next task or actor that needs them.
+Importing torch and open_clip takes several times as long as the rest of a driver's start. A worker does it while the
+driver goes on, and Ray gives its process, with the imports done, to the job's next task; an actor gets a new process.
 """
 
 from __future__ import annotations
@@ -40,19 +40,25 @@ def inspect_model(
     lora: dict[str, Any] | None = None,
     patch_dropout: float = 0.0,
 ) -> ModelInfo:
-    """Load a model as `load_encoder` does; with `lora`, attach a new adapter to this copy, and set patch dropout.
+    """Load a model as `load_encoder` does; with `lora`, check that it can get such an adapter and patch dropout.
 
     Raises:
         CirError: any mistake in the arguments.
     """
     encoder = load_encoder(model, pretrained, adapter, "cpu", preprocessing_mode=preprocessing_mode, decode=decode)
     if lora is not None:
-        from cir_core.lora import attach_lora  # imports torch, as load_encoder does
+        from cir_core.lora import check_lora  # imports torch, as load_encoder does
         from cir_core.tuning.image_tower import set_patch_dropout
 
-        attach_lora(encoder.model, **lora)
+        check_lora(encoder.model, **lora)
         set_patch_dropout(encoder.model.visual, patch_dropout)
     return ModelInfo(model, pretrained, adapter, encoder.details, encoder.preprocessing)
+
+
+@ray.remote(num_cpus=0)
+def import_models() -> None:
+    """Import what loading a model needs, before it is known which one; the next task finds it done."""
+    import cir_core.encoders.open_clip_models  # noqa: F401
 
 
 @ray.remote(num_cpus=0)
@@ -63,10 +69,12 @@ def inspect_variants(
     device: str,
     precision: str,
     preprocessing_mode: str | None,
+    imported: None = None,  # noqa: ARG001
 ) -> list[ModelInfo]:
     """Load a base model and, with an adapter, the tuned one.
 
-    model, pretrained: "" and None where the adapter says what it was made from. The rest is as in `load_encoder`.
+    model, pretrained: "" and None where the adapter says what it was made from. imported: of `import_models`, whose
+    process this is to run in. The rest is as in `load_encoder`.
 
     Raises:
         CirError: any mistake in the arguments.

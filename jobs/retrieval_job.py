@@ -32,6 +32,7 @@ from jobs.retrieval_outcomes import Outcome, Variant, ranking_file
 from jobs.retrieval_report import log_outcomes, write_report, write_submissions
 from jobs.retrieval_tables import print_report
 from jobs.session import code_version, say
+from jobs.start_up import StartUp
 from jobs.storage import RunFolder, absolute, check_writable
 
 if TYPE_CHECKING:
@@ -157,14 +158,17 @@ class RetrievalRun:
             results = dict(zip(self.settings, ray.get(waiting), strict=True))
         return prepared.benchmark, rankings, subsets, results
 
-    def outcomes(self, local: str) -> list[Outcome]:
+    def outcomes(self, local: str, start_up: StartUp) -> list[Outcome]:
         """Search and score every part with every variant; the rankings go to files below `local`."""
-        found = []
+        found: list[Outcome] = []
         for variant in self.variants:
             reported: list[tuple[Part, Benchmark, Results]] = []
             chosen_on: dict[str, list[Results]] = {}
             for part in self.parts:
                 benchmark, rankings, subsets, results = self.search(part.reported, variant)
+                if not found and not reported:
+                    start_up.reached("first search")
+                    say(f"first result after {start_up}")
                 for method in self.config.compared:
                     _save(rankings, method, ranking_file(local, part, variant, method))
                     _save(subsets, method, ranking_file(local, part, variant, f"{method}.subset"))
@@ -218,13 +222,16 @@ def choose(results: Sequence[Results], headline: str) -> dict[str, float | None]
     return {method: alpha for method, (_, alpha) in chosen.items()}
 
 
-def retrieve_and_report(config: BatchRetrieveConfig, models: Sequence[ModelInfo], tat_train_run: str) -> None:
+def retrieve_and_report(
+    config: BatchRetrieveConfig, models: Sequence[ModelInfo], tat_train_run: str, start_up: StartUp
+) -> None:
     """Check everything, then embed, search, evaluate and publish.
 
     Args:
         config: the job's settings.
         models: the base model and, with an adapter, the tuned one.
         tat_train_run: name of the run that made the adapter, for the record; "" if that is not known.
+        start_up: the moments so far.
     """
     uri = tracking.resolve_uri(config.tracking_uri)
     check_writable(absolute(config.storage_path), "storage_path")
@@ -232,6 +239,7 @@ def retrieve_and_report(config: BatchRetrieveConfig, models: Sequence[ModelInfo]
     variants = [Variant("before TAT", info) for info in untuned]
     variants.append(Variant("after TAT" if untuned else "base model", last))
     job = RetrievalRun(config, find_parts(config), variants)
+    start_up.reached("benchmark")
     made_of = {
         "encoders": [f"{info.details.identity} {info.details.precision}" for info in models],
         "inputs": job.inputs_digest(),
@@ -244,25 +252,29 @@ def retrieve_and_report(config: BatchRetrieveConfig, models: Sequence[ModelInfo]
     parameters = flat_parameters(config) | {"adapter_uri": last.adapter or "none", "tat_train_run": tat_train_run}
     start = partial(tracking.Tracker.start, uri, experiment=config.experiment, tags=tags)
     parent = start(name=name, parameters=parameters)
+    start_up.reached("tracking")
     say(f"MLflow: {parent.page}")
     children: dict[str, tracking.Tracker] = {}
     with tempfile.TemporaryDirectory() as local:
         try:
             job.encode_texts()
+            start_up.reached("texts")
             job.embed()
-            outcomes = job.outcomes(local)
+            start_up.reached("images")
+            outcomes = job.outcomes(local, start_up)
             submissions = write_submissions(outcomes)
             method = "slerp" if "slerp" in config.compared else config.compared[0]
             write_report(outcomes, method=method, num_rows=config.contact_sheet_rows)
             for path in sorted(Path(local).rglob("*")):
                 if path.is_file():
                     files.write_bytes(folder.path(*path.relative_to(local).parts), path.read_bytes())
-            folder.commit({"name": name, "adapter": last.adapter})
+            folder.commit({"name": name, "adapter": last.adapter, **start_up.record()})
         except BaseException:
             tracking.publish(lambda: parent.finish("FAILED"), patience_s=5)
             raise
 
         def record() -> None:
+            parent.log_metrics({f"start_up_s/{stage}": spent for stage, spent in start_up.seconds().items()})
             log_outcomes(outcomes, name, method, start=start, parent=parent, children=children)
             parent.log_folder(local)
             parent.finish()

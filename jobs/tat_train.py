@@ -19,6 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from jobs.config import JobConfig, parse_config
 from jobs.models import inspect_model
 from jobs.session import connect, run
+from jobs.start_up import StartUp
 
 SMALL_MODEL = "scenes-tiny"
 # For the small model and the generated pairs: enough steps to see the effect in two minutes on two cores.
@@ -128,13 +129,17 @@ class TatTrainConfig(JobConfig):
 
 def main() -> None:
     """Read the settings and have a worker check the model while this process imports what training needs."""
+    start_up = StartUp()
     config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
+    start_up.reached("first imports")
     connect()
+    start_up.reached("connection")
     given = {"lora": config.lora, "patch_dropout": config.patch_dropout}
     checking = inspect_model.remote(config.model, config.pretrained, **given)
     from jobs.training_job import tune
 
-    tune(config, checking)
+    start_up.reached("imports")
+    tune(config, checking, start_up)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from jobs import tracking
 from jobs.config import flat_parameters, public
 from jobs.models import ModelInfo
 from jobs.session import check_resources, code_version, say
+from jobs.start_up import StartUp
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable, steps_done
 from jobs.text_anchors import run_anchors
 from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards, steps_in_memory
@@ -63,7 +64,9 @@ def find_data(config: TatTrainConfig) -> list[str]:
     return list_shards(folder)
 
 
-def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlflow_run_id: str) -> LoopSettings:
+def loop_settings(
+    config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlflow_run_id: str, *, start_up: StartUp, first_step: int
+) -> LoopSettings:
     """Derive what the workers need."""
     total = plan.epoch(0).num_steps * config.epochs
     tuning = TuningSettings(
@@ -94,6 +97,8 @@ def loop_settings(config: TatTrainConfig, folder: RunFolder, plan: RunPlan, mlfl
         tat=tat,
         tracking_uri=tracking.resolve_uri(config.tracking_uri),
         mlflow_run_id=mlflow_run_id,
+        start_up=tuple(start_up.moments),
+        first_step=first_step,
         **config.model_dump(include={"checkpoint_every_steps", "log_every_steps", "gap_samples", "record_samples"}),
     )
 
@@ -143,6 +148,8 @@ def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[
         "gap_before": training["gap_before"],
         "gap_after": training["gap_after"],
         "history": training["history"],
+        "start_up": training.get("start_up", {}),
+        "process_began": training.get("process_began"),
     }
 
 
@@ -157,6 +164,7 @@ def publish(tracker: tracking.Tracker, config: TatTrainConfig, folder: RunFolder
             tracker.log_metrics({f"gap_{moment}/{key}": value for key, value in result[f"gap_{moment}"].items()})
         numbers = ("trainable_fraction", "num_parameters", "samples_seen", "rejects_structural", "rejects_images")
         tracker.log_metrics({key: result[key] for key in numbers})
+        tracker.log_metrics({f"start_up_s/{stage}": spent for stage, spent in result["start_up"].items()})
         with tempfile.TemporaryDirectory() as name:
             local = Path(name)
             (local / "settings.json").write_text(config.model_dump_json(indent=2))
@@ -260,7 +268,7 @@ def check_same_data(folder: RunFolder, shards: Sequence[str]) -> None:
         )
 
 
-def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
+def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo], start_up: StartUp) -> None:
     """Check everything, then tune, then publish. checking: the model, as `inspect_model` will describe it."""
     uri = tracking.resolve_uri(config.tracking_uri)
     tracking.check_server(uri)
@@ -268,7 +276,9 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     if config.data != SCENES:
         with files.patience(CHECK_S):
             list_shards(config.data)
+    start_up.reached("checks")
     model = ray.get(checking)
+    start_up.reached("model checked")
     folder, settings = claimed_folder(config, model)
     result = folder.result()
     if result and result.get("published"):
@@ -284,14 +294,17 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
     steps, done = plan.epoch(0).num_steps * config.epochs, steps_done(folder.path("state"))
     folder.claim(settings)
     check_same_data(folder, shards)
+    start_up.reached("data")
     tracker = start_tracking(config, folder, uri)
+    start_up.reached("tracking")
     going_on = f", going on after step {done}" if done else ""
     say(f"run {folder.name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}{going_on}")
     say(f"MLflow: {tracker.page}")
     if not result:
         try:
             plan = replace(plan, anchors=run_anchors(config, folder, model, plan.indexes))
-            train(config, folder, loop_settings(config, folder, plan, tracker.run_id), model.preprocessing)
+            told = loop_settings(config, folder, plan, tracker.run_id, start_up=start_up, first_step=done)
+            train(config, folder, told, model.preprocessing)
         except BaseException:
             tracking.publish(lambda: tracker.finish("FAILED"), patience_s=5)
             raise

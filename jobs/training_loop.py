@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from cir_core.preprocessing import ImageError, preprocess_image
 from cir_core.schema import REJECT_SCHEMA, CirError
 from cir_core.tuning import StepResult, TextAnchoredTuner
 from jobs.session import say
+from jobs.start_up import StartUp
 from jobs.storage import STATE
 from jobs.tracking import LiveMetrics
 from jobs.training_data import Batches, read_pairs
@@ -58,7 +60,7 @@ class _Interval:
             self.samples += [{"step": step, "shard": shard, "key": key} for shard, key in pairs]
 
 
-def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: str | None) -> None:
+def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: str | None, start_up: StartUp) -> None:
     """Go on after `steps_done` steps to the last one, from the state at `state_uri`, and save the result."""
     for name in ("", "mlflow"):  # Ray turns the root logger up to INFO, and open_clip and MLflow talk to it
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -87,9 +89,10 @@ def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: s
             local = Path(folder) / STATE
             local.write_bytes(files.read_bytes(state_uri))
             memory = tuner.load_state(str(local))
-    elif rank == 0:
-        memory["gap_before"] = measure_gap(encoder, settings)
+    start_up.reached("model")
     live = LiveMetrics(settings.tracking_uri, settings.mlflow_run_id, marker="loss") if rank == 0 else None
+    if rank == 0 and steps_done == settings.first_step:
+        batches = _telling(start_up, batches, memory)
     try:
         if steps_done < settings.tuning.total_steps:
             _run_steps(settings, tuner, memory, batches, steps_done, live)
@@ -100,6 +103,18 @@ def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: s
             live.close()
     if world > 1:
         dist.barrier()
+
+
+def _telling(start_up: StartUp, batches: Batches, memory: dict[str, Any]) -> Batches:
+    """Yield the batches; after the first one's step say how long the start took, and keep it."""
+    for first in batches:
+        start_up.reached("first batch")
+        yield first
+        start_up.reached("first step")
+        memory |= start_up.record()
+        say(f"first step after {start_up}")
+        break
+    yield from batches
 
 
 def _run_steps(
@@ -197,8 +212,11 @@ def _checkpoint(
     )
 
 
-def measure_gap(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, float]:
-    """Measure the modality gap on the first `gap_samples` readable pairs of the plan's slices, in eval mode."""
+def measure_gaps(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, dict[str, float]]:
+    """Measure the modality gap without and with the adapter, on the first `gap_samples` readable pairs of the plan's slices.
+
+    Returns "gap_before" and "gap_after". Leaves the model in eval mode.
+    """
     images: list[torch.Tensor] = []
     texts: list[str] = []
     anchors: list[torch.Tensor] = []
@@ -217,17 +235,19 @@ def measure_gap(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, f
             if vectors is not None:
                 anchors.append(torch.from_numpy(vectors[index].copy()))
     encoder.model.eval()
-    batches = [
-        encoder.encode_images(torch.stack(images[i : i + _GAP_BATCH])) for i in range(0, len(images), _GAP_BATCH)
-    ]
+    batches = [torch.stack(images[start : start + _GAP_BATCH]) for start in range(0, len(images), _GAP_BATCH)]
     text_ND = torch.stack(anchors).to(encoder.device) if anchors else encoder.encode_texts(texts)
-    return asdict(modality_gap(torch.cat(batches), text_ND))
+    gaps = {}
+    for moment, adapter in (("before", encoder.model.visual.disable_adapter()), ("after", nullcontext())):
+        with adapter:
+            image_ND = torch.cat([encoder.encode_images(batch) for batch in batches])
+        gaps[f"gap_{moment}"] = asdict(modality_gap(image_ND, text_ND))
+    return gaps
 
 
 def _save_result(settings: LoopSettings, encoder: OpenClipEncoder, memory: dict[str, Any]) -> None:
     """Write `<run>/adapter`, `<run>/merged` and `<run>/training.json`; the same files when done again."""
-    encoder.model.eval()
-    memory["gap_after"] = measure_gap(encoder, settings)
+    memory |= measure_gaps(encoder, settings)
     about: dict[str, Any] = {"weights_digest": encoder.details.weights_digest, "quick_gelu": encoder.details.quick_gelu}
     tat = TatMetadata(**settings.tat, **about)
     with tempfile.TemporaryDirectory() as folder:

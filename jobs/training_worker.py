@@ -14,13 +14,17 @@ from ray.train import UserCallback
 from cir_core.schema import CirError
 from cir_core.tuning import TuningSettings
 from jobs.session import causes
+from jobs.start_up import StartUp
 from jobs.storage import newest_state
 from jobs.training_data import RunPlan, started, worker_batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What the driver tells every worker. run_uri: the run's folder; the rest is as in TatTrainConfig."""
+    """What the driver tells every worker. run_uri: the run's folder; the rest is as in TatTrainConfig.
+
+    start_up: moments of the driver's start, which continues after step `first_step`; a later group of workers says nothing.
+    """
 
     run_uri: str
     train_run_uri: str
@@ -36,16 +40,21 @@ class LoopSettings:
     log_every_steps: int
     gap_samples: int
     record_samples: bool
+    start_up: tuple[tuple[str, float], ...]
+    first_step: int
 
 
 def train_worker(settings: LoopSettings) -> None:
     """Run the loop on this worker; Ray Train calls it on each. Returns when the last step is checkpointed."""
+    start_up = StartUp(settings.start_up)
+    start_up.reached("workers")
     steps_done, state_uri = newest_state(settings.train_run_uri)
     iterator = ray.train.get_dataset_shard("train")
     batches = iter(()) if steps_done == settings.tuning.total_steps else started(worker_batches(iterator, steps_done))
     from jobs.training_loop import tune  # after the data have been asked for
 
-    tune(settings, batches, steps_done, state_uri)
+    start_up.reached("worker imports")
+    tune(settings, batches, steps_done, state_uri, start_up)
 
 
 class MistakesAreFinal(UserCallback):  # type: ignore[misc]

@@ -60,6 +60,25 @@ def attach_lora(
     Raises CirError for settings out of range, a model that already has an adapter, a tower with BatchNorm,
     and a target that matches no layer (with the layers there are).
     """
+    _check_settings(r, lora_alpha, lora_dropout, target_modules)
+    from peft import LoraConfig
+
+    config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(target_modules))
+    adapted = wrap_tower(model, config, target_modules)
+    trainable, total = count_parameters(model)
+    return LoraReport(r, lora_alpha, lora_dropout, tuple(target_modules), adapted, trainable, total)
+
+
+def check_lora(
+    model: TwoTowerModel, *, r: int, lora_alpha: float, lora_dropout: float, target_modules: Sequence[str]
+) -> None:
+    """Raise CirError where `attach_lora` would; the model stays as it is, and PEFT, slow to import, is not needed."""
+    _check_settings(r, lora_alpha, lora_dropout, target_modules)
+    _split_tower(model, target_modules)
+    fuse_attention(model.visual)
+
+
+def _check_settings(r: int, lora_alpha: float, lora_dropout: float, target_modules: Sequence[str]) -> None:
     if isinstance(target_modules, str):
         raise CirError(f"target_modules must be a list of layer names, not a string: use [{target_modules!r}]")
     if r < 1 or lora_alpha <= 0 or not 0 <= lora_dropout < 1:
@@ -67,12 +86,6 @@ def attach_lora(
             f"LoRA needs r >= 1, lora_alpha > 0 and 0 <= lora_dropout < 1, not r={r}, "
             f"lora_alpha={lora_alpha}, lora_dropout={lora_dropout}"
         )
-    from peft import LoraConfig
-
-    config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(target_modules))
-    adapted = wrap_tower(model, config, target_modules)
-    trainable, total = count_parameters(model)
-    return LoraReport(r, lora_alpha, lora_dropout, tuple(target_modules), adapted, trainable, total)
 
 
 def count_parameters(model: TwoTowerModel) -> tuple[int, int]:
@@ -103,15 +116,7 @@ def weights_digest(model: TwoTowerModel, *, without: str | None = None) -> str:
 
 def wrap_tower(model: TwoTowerModel, config: LoraConfig, targets: Sequence[str]) -> tuple[str, ...]:
     """Put `config`'s LoRA layers on the image tower; on a refusal the tower is as before."""
-    if has_adapter(model):
-        raise CirError("this model already has an adapter: merge it first (merge_adapter), or load the model anew")
-    _refuse_batch_norm(model.visual)
-    split_attention(model.visual)
-    try:
-        _check_targets(model.visual, targets)
-    except CirError:
-        fuse_attention(model.visual)
-        raise
+    _split_tower(model, targets)
     model.requires_grad_(False)
     training = model.visual.training
     from peft import get_peft_model
@@ -125,6 +130,19 @@ def wrap_tower(model: TwoTowerModel, config: LoraConfig, targets: Sequence[str])
         for name, module in model.visual.named_modules()
         if hasattr(module, "lora_A")
     )
+
+
+def _split_tower(model: TwoTowerModel, targets: Sequence[str]) -> None:
+    """Take the image tower's attention apart; on a refusal the tower is as before."""
+    if has_adapter(model):
+        raise CirError("this model already has an adapter: merge it first (merge_adapter), or load the model anew")
+    _refuse_batch_norm(model.visual)
+    split_attention(model.visual)
+    try:
+        _check_targets(model.visual, targets)
+    except CirError:
+        fuse_attention(model.visual)
+        raise
 
 
 def _refuse_batch_norm(tower: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 Figures are built with matplotlib's object interface on an Agg canvas: no display, no global state, safe in
 threads. Series differ in colour (Okabe and Ito's palette, told apart by colour-blind people), line style and
-marker.
+marker. matplotlib is imported by the first plot: a second that no program should start with.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import PurePath
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from typing import TYPE_CHECKING
 
 from cir_core import files
 from cir_core.schema import CirError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLES = (
     ("#0072B2", "-", "o"),
@@ -53,6 +53,8 @@ def alpha_curve(
     Raises CirError for no results, an empty curve, values outside [0, 1], and intervals of an unknown curve
     or alpha.
     """
+    from matplotlib.ticker import PercentFormatter
+
     _check_curves(results, intervals or {})
     _check_fractions({**{f"rival {name}": value for name, value in (rivals or {}).items()}})
     figure, (axes,) = _figure(1, width=7.2, height=4.4)
@@ -104,6 +106,8 @@ def training_curves(
     "loss/validation" are two lines of the panel "loss"; a name without "/" has a panel of its own. A value
     that is not finite leaves a gap. path, note and errors: as in `alpha_curve`.
     """
+    from matplotlib.ticker import MaxNLocator
+
     if not series or not all(series.values()):
         raise CirError(f"training_curves: a series has no values: {sorted(series)}")
     panels: dict[str, dict[str, Mapping[int, float]]] = {}
@@ -129,6 +133,9 @@ def training_curves(
 
 
 def _figure(num_panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = [axes for row in figure.subplots(num_panels, 1, sharex=True, squeeze=False) for axes in row]

@@ -235,6 +235,11 @@ def test_unmatched_target_is_refused_with_the_layers_there_are(model: nn.Module)
     with pytest.raises(CirError, match=r"'q_prj' matches no layer.*did you mean q_proj.*c_fc.*v_proj"):
         lora.attach_lora(model, target_modules=["v_proj", "q_prj"])
     assert lora.weights_digest(model) == digest  # as it was, not half split
+    given = {"r": 4, "lora_alpha": 4, "lora_dropout": 0.0}
+    with pytest.raises(CirError, match="'q_prj' matches no layer"):
+        lora.check_lora(model, target_modules=["v_proj", "q_prj"], **given)
+    lora.check_lora(model, target_modules=["q_proj", "c_fc"], **given)
+    assert lora.weights_digest(model) == digest
     assert lora.attach_lora(model, target_modules=["q_proj", "c_fc"]).trainable > 0
 
 
@@ -251,6 +256,9 @@ def test_unmatched_target_is_refused_with_the_layers_there_are(model: nn.Module)
 def test_settings_out_of_range(model: nn.Module, settings: dict[str, object], message: str) -> None:
     with pytest.raises(CirError, match=message):
         lora.attach_lora(model, **settings)  # type: ignore[arg-type]
+    usual = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj"]}
+    with pytest.raises(CirError, match=message):
+        lora.check_lora(model, **(usual | settings))  # type: ignore[arg-type]
 
 
 def test_second_adapter_and_batch_norm_are_refused(model: nn.Module) -> None:

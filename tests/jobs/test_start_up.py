@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from typing import get_args
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from cir_core.composition import METHODS
 from cir_core.schema import CirError
 from jobs.batch_retrieve import Method
+from jobs.start_up import StartUp
 from jobs.training_data import started
 from jobs.training_worker import MistakesAreFinal
 
@@ -22,7 +24,7 @@ DRIVERS = "jobs.catalogue_job jobs.training_job jobs.embedding_job jobs.retrieva
     ("modules", "unwanted"),
     [
         (STARTED_OFTEN, {"torch", "open_clip", "transformers", "peft", "mlflow"}),
-        (DRIVERS, {"open_clip", "transformers", "peft"}),
+        (DRIVERS, {"open_clip", "transformers", "peft", "matplotlib"}),
     ],
 )
 def test_no_process_imports_model_libraries_that_it_does_not_need(modules, unwanted):
@@ -33,6 +35,23 @@ def test_no_process_imports_model_libraries_that_it_does_not_need(modules, unwan
 
 def test_the_methods_of_the_settings_are_those_of_the_library():
     assert get_args(Method) == tuple(METHODS)
+
+
+def test_stages_are_the_times_between_moments():
+    start = StartUp([("process", 100.0), ("imports", 102.5), ("model", 102.51), ("first step", 110.0)])
+    assert start.seconds() == {"imports": 2.5, "model": 0.01, "first step": 7.49, "total": 10.0}
+    assert str(start) == "10.0 s (imports 2.5, first step 7.5)"
+    assert start.record() == {"process_began": 100.0, "start_up": start.seconds()}
+
+
+def test_a_start_begins_with_its_process():
+    before, here = time.time(), StartUp()
+    here.reached("now")
+    assert here.moments[0][1] <= before <= here.moments[1][1]
+    there = StartUp(tuple(here.moments))  # in another process
+    there.reached("later")
+    assert list(there.seconds()) == ["now", "later", "total"]
+    assert list(here.seconds()) == ["now", "total"]
 
 
 def test_the_first_item_is_asked_for_at_once():

@@ -92,7 +92,10 @@ def test_a_run_leaves_what_it_promises(servers, pairs, tiny_model_dir, uninterru
     assert [item.step for item in client.get_metric_history(logged.info.run_id, "loss")] == list(range(1, STEPS + 1))
     wanted = {"loss", "lr", "temperature", "samples_per_second", "data_wait_share", "grad_norm", "trainable_fraction"}
     gap = {f"gap_{moment}/centroid_distance" for moment in ("before", "after")}
-    assert wanted | gap <= set(logged.data.metrics)
+    start_up = {f"start_up_s/{stage}" for stage in ("model", "first batch", "first step", "total")}
+    assert wanted | gap | start_up <= set(logged.data.metrics)
+    assert 0 < run.result["start_up"]["first step"] < run.result["start_up"]["total"]
+    assert "first step after" in printed
     assert any(name.startswith("system/") for name in logged.data.metrics)
     assert logged.data.params["r"] == "16"
     artifacts = {item.path for item in client.list_artifacts(logged.info.run_id)}
