@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
@@ -45,6 +46,8 @@ _ENVIRONMENT = {
 # a network gives.
 _NETWORK_ERROR = r"^(OSError|StorageError|BrokenPipeError|Connection\w*Error|TimeoutError)\b"
 _URI = re.compile(r"\w+://\S+")
+# KubeRay sets it, to true or false, on heads that have an autoscaler; and that tells nobody how far it goes.
+_KUBERAY_AUTOSCALER = "RAY_enable_autoscaler_v2"
 _RESUME = "the same command continues where this one stopped"
 
 
@@ -254,4 +257,7 @@ def _autoscaler_limit() -> dict[str, float]:
     """Return what the cluster may grow to; nothing without an autoscaler. Ray Train asks the same way."""
     from ray._private.state import state
 
-    return dict(state.get_max_resources_from_cluster_config() or {})
+    known = state.get_max_resources_from_cluster_config()
+    if known is None and _KUBERAY_AUTOSCALER in os.environ:
+        return dict.fromkeys(("CPU", "GPU"), math.inf)
+    return dict(known or {})

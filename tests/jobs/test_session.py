@@ -396,6 +396,18 @@ def test_an_autoscaler_that_may_add_enough_is_waited_for(cluster, capsys):
         session.check_resources({"CPU": 10.5, "GPU": 9})
 
 
+@pytest.mark.parametrize("value", ["true", "false"])  # which autoscaler it is
+def test_kuberay_s_autoscaler_does_not_say_how_far_it_goes(monkeypatch, capsys, value):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})  # a head without CPUs, no workers yet
+    monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: None)
+    monkeypatch.delenv("RAY_enable_autoscaler_v2", raising=False)
+    with pytest.raises(CirError, match="too small"):
+        session.check_resources({"CPU": 5, "GPU": 8})
+    monkeypatch.setenv("RAY_enable_autoscaler_v2", value)
+    session.check_resources({"CPU": 5, "GPU": 8})
+    assert "the cluster has to grow" in capsys.readouterr().out
+
+
 def test_resources_that_others_hold_are_named_after_a_wait(cluster):
     cluster({"CPU": 4.0}, free={"CPU": 0.5})
     session.check_resources({"CPU": 0.5}, wait_s=0)
