@@ -94,3 +94,8 @@ def test_the_sum_of_reading_and_decoding_is_training_data_s():
     parts = [float(found) for found in re.findall(r"^(?:READER|DECODER)_CPUS = ([\d.]+)", text, re.MULTILINE)]
     assert len(parts) == 2
     assert sum(parts) == programs._READING_CPUS
+
+
+def test_the_label_that_must_not_be_used_is_ray_data_s():
+    source = programs._source("ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py")
+    assert f'SUBCLUSTER_LABEL_KEY: LabelKey = "{operation.SUBCLUSTER}"' in source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_what_is_not_known_is_refused(tmp_path, rules):
 def test_objects_that_kustomize_would_treat_otherwise_are_refused(tmp_path, objects):
     with pytest.raises(UnsupportedError):
         render(kustomization(tmp_path / "k", "namespace: here", objects=objects))
+
+
+def test_what_linters_read_has_every_pod(tmp_path, rendered):
+    script = Path(__file__).with_name("write_out.py")
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
+    found = [one for path in tmp_path.glob("*-pods.yaml") for one in yaml.safe_load_all(path.read_text())]
+    # heads, submitters, decoders; GPU workers but in dev: of one interactive cluster and three jobs in three overlays
+    assert len(found) == 3 * (4 + 3 + 4) + 2 * 4
+    names = {container["name"] for one in found for container in one["spec"]["containers"]}
+    assert names == {"ray-head", "autoscaler", "ray-worker", "ray-job-submitter"}
+    assert len(list(yaml.safe_load_all((tmp_path / "dev.yaml").read_text()))) == len(rendered("dev"))

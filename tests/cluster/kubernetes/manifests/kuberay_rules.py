@@ -191,7 +191,8 @@ def groups_are_named_once_and_in_order(objects: list[Object]) -> list[str]:
         if len(set(names)) < len(names):
             found.append(f"{' '.join(key(one))}: groups {names}")
         for group in cluster["workerGroupSpecs"]:
-            sizes = [group.get(field, 0) for field in ("minReplicas", "replicas", "maxReplicas")]
+            least = group["minReplicas"]
+            sizes = [least, group.get("replicas", least), group["maxReplicas"]]
             if sizes != sorted(sizes) or sizes[0] < 0:
                 found.append(f"{' '.join(key(one))} {group['groupName']}: min, now, max {sizes}")
     return found

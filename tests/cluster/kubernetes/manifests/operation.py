@@ -13,6 +13,7 @@ from manifests.render import Object, key
 from manifests.workloads import clusters, of_kind, pods, quantity
 
 _PYPROJECT = Path(__file__).resolve().parents[4] / "pyproject.toml"
+SUBCLUSTER = "ray-subcluster"
 _POD_SETS = 8  # of a Kueue workload
 _RESUMED_BY = {"jobs/tat_train.py": "--name", "jobs/batch_retrieve.py": "--name", "jobs/embed.py": "--output"}
 _SPARE_MEMORY = 2e9  # of a Ray pod, beside its object store: Ray itself and one worker
@@ -110,6 +111,16 @@ def heads_run_no_tasks(objects: list[Object]) -> list[str]:
     return found
 
 
+def nodes_are_in_no_subcluster(objects: list[Object]) -> list[str]:
+    """A data set without a selector of its own, as all of ours, sees only nodes without this label."""
+    return [
+        f"{' '.join(key(one))} {group['groupName']}: label {SUBCLUSTER}"
+        for one, cluster in clusters(objects)
+        for group in cluster["workerGroupSpecs"]
+        if SUBCLUSTER in group.get("labels", {})
+    ]
+
+
 def workers_only_on_spot_machines(objects: list[Object]) -> list[str]:
     """Workers tolerate spot machines' taints, nobody else; GPU pods tolerate the taint of GPU machines."""
     found = []
@@ -124,7 +135,7 @@ def workers_only_on_spot_machines(objects: list[Object]) -> list[str]:
 
 
 def kueue_takes_it(objects: list[Object]) -> list[str]:
-    """Of what has a queue: fixed size, a cluster of its own that is shut down, suspended at first, few groups, no reserved name."""
+    """Of what has a queue: fixed size, a cluster of its own that is shut down, suspended by Kueue alone, few groups, no reserved name."""
     found = []
     for one, cluster in clusters(objects):
         if QUEUE not in one["metadata"].get("labels", {}):
@@ -135,16 +146,26 @@ def kueue_takes_it(objects: list[Object]) -> list[str]:
             "autoscaler": not cluster.get("enableInTreeAutoscaling"),
             "number of pod sets": sets <= _POD_SETS,
             "reserved name of a group": not {"head", "submitter"} & set(groups),
-            "replicas": all(group["replicas"] == group["maxReplicas"] > 0 for group in cluster["workerGroupSpecs"]),
+            "replicas": all(group.get("replicas") == group["maxReplicas"] > 0 for group in cluster["workerGroupSpecs"]),
         }
         if one["kind"] == "RayJob":
-            good["suspend"] = spec.get("suspend") is True
+            good["suspend, which the next kubectl apply would say again"] = "suspend" not in spec
             good["shutdownAfterJobFinishes"] = spec.get("shutdownAfterJobFinishes") is True
         found += [f"{' '.join(key(one))}: {name}" for name, fine in good.items() if not fine]
     return found
 
 
+def sizes_are_said_by_one(objects: list[Object]) -> list[str]:
+    """Autoscaled groups say no replicas, which the next kubectl apply would set back; others do."""
+    return [
+        f"{' '.join(key(one))} {group['groupName']}: replicas {group.get('replicas')}"
+        for one, cluster in clusters(objects)
+        for group in cluster["workerGroupSpecs"]
+        if ("replicas" in group) == bool(cluster.get("enableInTreeAutoscaling"))
+    ]
+
+
 RULES: tuple[Rule, ...] = (
     versions_are_those_installed, jobs_are_retried_and_resume, stopping_leaves_time, memory_is_reserved, volumes_in_memory_fit,
-    heads_run_no_tasks, workers_only_on_spot_machines, kueue_takes_it,
+    heads_run_no_tasks, sizes_are_said_by_one, nodes_are_in_no_subcluster, workers_only_on_spot_machines, kueue_takes_it,
 )  # fmt: skip
