@@ -99,3 +99,25 @@ def test_the_sum_of_reading_and_decoding_is_training_data_s():
 def test_the_label_that_must_not_be_used_is_ray_data_s():
     source = programs._source("ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py")
     assert f'SUBCLUSTER_LABEL_KEY: LabelKey = "{operation.SUBCLUSTER}"' in source
+
+
+def test_the_sizes_of_the_readme_are_those_of_prod(rendered):
+    readme = references.README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (head|decode|gpu) \| (\d+) \| (\d+) GiB \| (\d+) GiB \|", readme, re.MULTILINE)
+    found = set()
+    for pod in references.pods(rendered("prod")):
+        if pod.group:
+            limits = pod.main["resources"]["limits"]
+            (shared,) = (one["emptyDir"] for one in pod.spec["volumes"] if one["name"] == "shared-memory")
+            sizes = (limits["memory"], shared["sizeLimit"])
+            found.add((pod.group, limits["cpu"], *(size.removesuffix("Gi") for size in sizes)))
+    assert found == set(rows)
+
+
+def test_the_arithmetic_of_the_readme_is_right():
+    readme = references.README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [A-Z]\d+ \| (\d+) \| (\d+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(rows) == 3
+    for peak, images, cores in rows:
+        assert float(images) == pytest.approx(0.4 * float(peak) * 1e12 / 162e9, rel=0.01)
+        assert float(cores) == pytest.approx(float(images) / 630, abs=0.05)

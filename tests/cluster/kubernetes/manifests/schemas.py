@@ -36,23 +36,25 @@ def findings(one: Object) -> list[str]:
     where = " ".join(key(one))
     file = _FILES.get(one["apiVersion"])
     if file is None:
-        return [f"{where}: {error}" for version in (OLDEST, NEWEST) for error in _kubernetes(one, version)]
+        text = json.dumps(one, sort_keys=True)
+        return [f"{where}: {error}" for version in (OLDEST, NEWEST) for error in _kubernetes(text, version)]
     if one["kind"] not in _schema(file)["properties"]:
         return [f"{where}: no schema for it"]
     errors = _validator(file, one["kind"]).iter_errors(one)
     return [f"{where}: {'/'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in errors]
 
 
-def _kubernetes(one: Object, version: str) -> list[str]:
+@cache  # overlays share most of their objects
+def _kubernetes(text: str, version: str) -> tuple[str, ...]:
     try:
-        kubernetes_validate.validate(one, version, strict=True)
+        kubernetes_validate.validate(json.loads(text), version, strict=True)
     except (
         kubernetes_validate.ValidationError,
         kubernetes_validate.SchemaNotFoundError,
         kubernetes_validate.InvalidSchemaError,
     ) as error:
-        return [f"Kubernetes {version}: {str(getattr(error, 'message', error))[:200]}"]
-    return []
+        return (f"Kubernetes {version}: {str(getattr(error, 'message', error))[:200]}",)
+    return ()
 
 
 def cel_rules() -> set[str]:
