@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jobs.benchmark import BenchmarkConfig
     from jobs.benchmark_training import Measured
 
-_SUBMISSION = "submission, until the job's process starts"
+_SUBMISSION = "submission"  # until the job's process starts
 # What comes first is not counted: it generates the data and embeds the gallery, which the others find.
 _JOBS = {
     "tat_train": ("--num_pairs", "1000", "--gap_samples", "64"),

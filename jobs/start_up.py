@@ -29,8 +29,11 @@ class StartUp:
         return {**taken, "total": round(self.moments[-1][1] - self.moments[0][1], 3)}
 
     def record(self) -> dict[str, Any]:
-        """Return what a run's results keep: when its process began, and the stages."""
-        return {"process_began": self.moments[0][1], "start_up": self.seconds()}
+        """Return what a run's results keep: when its process began, and the stages; pairs, as JSON files sort their keys."""
+        return {
+            "process_began": self.moments[0][1],
+            "start_up": [[name, spent] for name, spent in self.seconds().items()],
+        }
 
     def __str__(self) -> str:
         """Return one line, the stages that took part of a second left out."""

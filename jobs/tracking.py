@@ -96,8 +96,8 @@ def _reason(error: BaseException) -> str:
 
 
 def metric_name(name: str) -> str:
-    """Return our metric name as MLflow allows it: recall@10 -> recall_at_10."""
-    return name.replace("@", "_at_")
+    """Return our metric name as MLflow allows it: recall@10 -> recall_at_10, and _ for all else that it refuses."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
 
 class Tracker:

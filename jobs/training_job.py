@@ -148,7 +148,7 @@ def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[
         "gap_before": training["gap_before"],
         "gap_after": training["gap_after"],
         "history": training["history"],
-        "start_up": training.get("start_up", {}),
+        "start_up": training.get("start_up", []),
         "process_began": training.get("process_began"),
     }
 
@@ -164,7 +164,7 @@ def publish(tracker: tracking.Tracker, config: TatTrainConfig, folder: RunFolder
             tracker.log_metrics({f"gap_{moment}/{key}": value for key, value in result[f"gap_{moment}"].items()})
         numbers = ("trainable_fraction", "num_parameters", "samples_seen", "rejects_structural", "rejects_images")
         tracker.log_metrics({key: result[key] for key in numbers})
-        tracker.log_metrics({f"start_up_s/{stage}": spent for stage, spent in result["start_up"].items()})
+        tracker.log_metrics({f"start_up_s/{stage}": spent for stage, spent in result["start_up"]})
         with tempfile.TemporaryDirectory() as name:
             local = Path(name)
             (local / "settings.json").write_text(config.model_dump_json(indent=2))

@@ -41,7 +41,7 @@ def test_stages_are_the_times_between_moments():
     start = StartUp([("process", 100.0), ("imports", 102.5), ("model", 102.51), ("first step", 110.0)])
     assert start.seconds() == {"imports": 2.5, "model": 0.01, "first step": 7.49, "total": 10.0}
     assert str(start) == "10.0 s (imports 2.5, first step 7.5)"
-    assert start.record() == {"process_began": 100.0, "start_up": start.seconds()}
+    assert start.record() == {"process_began": 100.0, "start_up": [list(pair) for pair in start.seconds().items()]}
 
 
 def test_a_start_begins_with_its_process():

@@ -94,7 +94,8 @@ def test_a_run_leaves_what_it_promises(servers, pairs, tiny_model_dir, uninterru
     gap = {f"gap_{moment}/centroid_distance" for moment in ("before", "after")}
     start_up = {f"start_up_s/{stage}" for stage in ("model", "first batch", "first step", "total")}
     assert wanted | gap | start_up <= set(logged.data.metrics)
-    assert 0 < run.result["start_up"]["first step"] < run.result["start_up"]["total"]
+    stages = dict(run.result["start_up"])
+    assert 0 < stages["first step"] < stages["total"]
     assert "first step after" in printed
     assert any(name.startswith("system/") for name in logged.data.metrics)
     assert logged.data.params["r"] == "16"

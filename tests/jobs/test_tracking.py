@@ -27,6 +27,12 @@ from jobs.tracking import LiveMetrics, Tracker, check_server, latest_finished, p
 UNKNOWN_RUN = "0" * 32
 
 
+def test_metric_names_are_those_that_mlflow_takes():
+    assert tracking.metric_name("recall@10") == "recall_at_10"
+    assert tracking.metric_name("gap_before/matched cosine-1.5:x") == "gap_before/matched cosine-1.5:x"
+    assert tracking.metric_name("worker's, (a) 50 %") == "worker_s_ _a_ 50 _"
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
