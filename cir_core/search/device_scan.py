@@ -1,0 +1,287 @@
+"""The scan on a GPU with matrix units for bfloat16: products of whole tiles, one pass over each for its group maxima.
+
+No CUDA device has run this so far: all of it is torch operations that run on any device, and the tests run them on the
+CPU. The speeds below are arithmetic, not measurements.
+
+Error bound. Vectors: x a part of a query, w its weight, y what is multiplied (the composed query, float32, where one
+weighting is asked for, with weight a = 1; else the parts, a = w), y' = bfloat16(y); g a row, c the centre of its tile,
+g' = bfloat16(g - c); s the product y' . g' as it is stored. Then
+
+    y . (g - c) = y . (g - c - g') + (y - y') . g' + y' . g'
+
+so that by Cauchy and Schwarz, with R, G' and G the largest |g - c - g'|, |g'| and |g| of the tile, the exact score S,
+the offset o = sum of w (x . c), u = 2^-24, and sums over the vectors that are multiplied, of two kinds for w and x:
+
+    |S - o - sum of a s| <= E = sum |a| (|y| R + (|y - y'| + (gamma + 16 u) |y'|) G')
+                                + sum |w| |x| (16 u G + (D + 16) 2^-50 G') + rounding of the products where they are stored
+
+16 u |y'| G' pays for the float32 arithmetic on products and for y's own rounding; 16 u G for the rounding of S to float32
+and for the float64 sums in S, o and the comparison as far as they are rounded relative to |g| (2^-53 D < u); the term in
+2^-50 for those relative to |c| <= G + G' + R and for weights that cancel. TINY stands in for what underflows.
+
+gamma bounds the sums of the matrix units. They are no IEEE sums: a block of m products and the sum so far are aligned to
+the largest of them, cut to no fewer than 24 bits, added, and cut again (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior
+of NVIDIA tensor cores", 2021; Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", 2025: m = 4, 8, 16 from V100 to
+H100, with further bits from A100 on). A block errs by less than 2 u (m + 2) |y'| |g'|, and there are at most D / m + 1 of
+them: in all 2 u (D + 2 D / m + m + 2), below 8 u (D + 32) for every m from 1 to 32, split sums in float32 included.
+`ieee_float32` forbids split sums in bfloat16.
+
+Products stored in bfloat16, of 8 significant bits, are off by up to rho = 2^-8 of themselves; stored in float32 by
+nothing more. x + rho |x| and x - rho |x| both rise with x, so bounds of stored products come from stored maxima.
+
+Selecting. Column c of group j is c * groups + j. Maxima of a group bound the scores of all its columns under every
+weighting; where they reach the k-th best score so far less E, its columns are looked at. First floors come from the rows
+themselves: if t is the k-th largest of the groups' largest lower bounds, k rows have S >= o + t - E, and what is below
+t - 2 E cannot enter. Pieces of tiles are at first no longer than what was seen before, so that some k rows per query pass,
+not thousands. What passes is gathered with its rows and scored by the definition when there is enough of it.
+
+What to expect (an estimate for an H200: 800 TFLOP/s in bfloat16, 4.8 TB/s; 2048 queries, 2^19 rows, D = 512). The
+product is 1.10 TFLOP, 1.37 ms. Stored in bfloat16 it is 2 GiB: one pass over it, 0.45 to 0.5 ms. Group maxima are 64 MiB:
+comparing and listing them, some 0.04 ms; two waits for the device and a dozen launches, some 0.05 ms. So 1.37 of 1.95 ms,
+70 % of the peak; with float32 products, twice the bytes, 56 %. At D = 1024 these are 82 % and 71 %: float32 from there on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from cir_core.search.device_candidates import Candidates
+from cir_core.search.device_tiles import DeviceTile
+from cir_core.search.queries import TINY, TINY_WEIGHT, LinearQueries
+from cir_core.search.top_k import BestLists, TopK
+
+_UNIT = 2.0**-24
+_LOWEST = torch.finfo(torch.float32).min
+_RHO = 2.0**-8 * 1.01
+_QUERIES = 2048  # of one product
+_SEED_ROWS = 2**15  # of the first piece, which finds its floors itself
+_CELLS = 2**22  # scores of opened groups looked at together: 16 MiB in float32
+
+
+def product_dtype(device: torch.device, dim: int) -> torch.dtype:
+    """What products are stored in. float32 narrows the bound and costs another pass's time: see the module's estimate."""
+    return torch.float32 if device.type == "cuda" and dim >= 1024 else torch.bfloat16
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right.T of bfloat16 matrices, summed in float32, stored as `out` is: bfloat16 or float32."""
+    if out.dtype == torch.bfloat16:
+        torch.mm(left, right.T, out=out)
+    elif left.device.type == "cuda":
+        torch.mm(left, right.T, out_dtype=torch.float32, out=out)
+    else:  # elsewhere torch has no such product
+        torch.mm(left.float(), right.float().T, out=out)
+
+
+def weighted(weights: Tensor, positive: Tensor, negative: Tensor, *, any_negative: bool) -> Tensor:
+    """[..., q, n]: weighted sums of `positive` where a weight is, and of `negative` where it is negative.
+
+    weights: [..., R, q]. positive, negative: [R, q, n]; the latter is not read where there is no such weight.
+    """
+    terms = []
+    for part in range(len(positive)):
+        weight = weights.select(-2, part)[..., None]
+        terms.append((weight.clamp(min=0) if any_negative else weight) * positive[part])
+        if any_negative:
+            terms[part].addcmul_(weight.clamp(max=0), negative[part])
+    return reduce(Tensor.add_, terms)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that the scan may take for a while, beside the gallery: 4 GiB of an H200's 139."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 32
+    return 2**26
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Batch:
+    """q queries of one product, R vectors each.
+
+    first: number of the first. vectors: bfloat16 [q, D] each. weights: float32 [K, R, q]. terms: float64 [3, K, q],
+    what E has of R, G' and G.
+    """
+
+    first: int
+    queries: LinearQueries
+    vectors: list[Tensor]
+    weights: Tensor
+    terms: Tensor
+
+
+class DeviceScan:
+    """One pass over a gallery, tile by tile, into k best a list (list number = key * Q + query)."""
+
+    def __init__(self, queries: LinearQueries, k: int, excluded: Tensor | None) -> None:
+        self.queries, self.device = queries, queries.device
+        self.direct = queries.num_keys == 1  # one product with the composed query is cheaper than one a part
+        self.group = 32 if self.direct else 16
+        self.dtype = product_dtype(queries.device, queries.dim)
+        self.rho = _RHO if self.dtype == torch.bfloat16 else 0.0
+        self.any_negative = not self.direct and bool((queries.weights < 0).any())
+        # So many rows of a query have k that are not excluded among them.
+        self.rank = k + (0 if excluded is None else excluded.shape[1])
+        self.best = BestLists(queries.num_keys * queries.num_queries, k, queries.device)
+        memory = _memory(queries.device)
+        self.candidates = Candidates(queries, self.best, excluded, memory=memory // 8)
+        step = max(1, min(queries.num_queries, _QUERIES))
+        num_products = 1 if self.direct else len(queries.parts)
+        rows = min(memory // (2 * self.dtype.itemsize * num_products * step), memory // (8 * queries.dim))
+        self.tile_rows = max(256, rows // self.group * self.group)
+        self.num_seen = 0
+        self.batches = [self._batch(first, step) for first in range(0, queries.num_queries, step)]
+
+    def _batch(self, first: int, step: int) -> _Batch:
+        queries = self.queries.part(slice(first, first + step))
+        if self.direct:
+            parts = zip(queries.weights[0], queries.parts, strict=True)
+            vectors = [torch.stack([weight[:, None] * part.double() for weight, part in parts]).sum(0).float()]
+            weights = torch.ones(1, 1, queries.num_queries, dtype=torch.float64, device=self.device)
+        else:
+            vectors, weights = list(queries.parts), queries.weights
+        scanned = [vector.to(torch.bfloat16) for vector in vectors]
+        return _Batch(first, queries, scanned, weights.float(), _bound_terms(queries, vectors, scanned, weights))
+
+    def add(self, tile: DeviceTile) -> None:
+        """Scan one tile of at most `tile_rows` rows for all queries and weightings."""
+        tile.check()
+        start = 0
+        while start < len(tile.rows):
+            early = self.num_seen < self.tile_rows  # floors still rise much from piece to piece
+            stop = min(len(tile.rows), start + max(_SEED_ROWS, self.num_seen))
+            piece = tile.part(start, stop)
+            for batch in self.batches:
+                self._scan(batch, piece)
+            self.num_seen += stop - start
+            self.candidates.settle(wait=not early)
+            start = stop
+
+    def results(self) -> list[TopK]:
+        """Return one TopK a key."""
+        with torch.no_grad():
+            self.candidates.settle(wait=False)
+        return self.best.split(self.queries.num_keys)
+
+    def _scan(self, batch: _Batch, piece: DeviceTile) -> None:
+        grouped = self._products(batch, piece)
+        num_rows = len(piece.rows)
+        errors = sum(term * size for term, size in zip(batch.terms, piece.stats, strict=True))
+        worst = self.best.scores.view(self.queries.num_keys, self.queries.num_queries, self.best.k)[:, :, -1]
+        floors = worst[:, batch.first : batch.first + batch.queries.num_queries].double()
+        floors = floors - _offsets(batch.queries, piece.centre) - errors
+        raised = self.num_seen < self.rank
+        if raised:
+            floors = torch.maximum(floors, self._own_floors(batch, grouped, num_rows) - 2 * errors)
+        query, group = self._open_groups(batch, grouped, floors)
+        if len(query) * 4 > grouped[0, :, 0].numel() and not raised:
+            floors = torch.maximum(floors, self._own_floors(batch, grouped, num_rows) - 2 * errors)
+            query, group = self._open_groups(batch, grouped, floors)
+        limits = self._limits(floors)
+        step = max(1, _CELLS // (self.group * self.queries.num_keys))
+        for start in range(0, len(query), step):
+            some = slice(start, start + step)
+            self._collect(batch, piece, grouped, limits, query[some], group[some])
+
+    def _products(self, batch: _Batch, piece: DeviceTile) -> Tensor:
+        """[R, q, columns of a group, groups] of the stored products."""
+        num_rows = len(piece.rows)
+        groups = -(-num_rows // self.group)
+        shape = (len(batch.vectors), batch.queries.num_queries, groups * self.group)
+        products = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for vectors, table in zip(batch.vectors, products, strict=True):
+            multiply(vectors, piece.scanned, table[:, :num_rows])
+        if num_rows < shape[2]:  # columns that only pad the last ones repeat the first of their group
+            padding = torch.arange(num_rows, shape[2], device=self.device)
+            products[:, :, num_rows:] = products[:, :, padding % groups]
+        return products.view(*shape[:2], self.group, groups)
+
+    def _stretched(self, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 bounds of the products from those of the stored ones: from above, and from below for negative weights."""
+        high = torch.add(highest.float(), highest.float().abs(), alpha=self.rho)
+        return high, torch.sub(lowest.float(), lowest.float().abs(), alpha=self.rho)
+
+    def _limits(self, floors: Tensor) -> Tensor:
+        """float32[K, q]: an upper bound below it cannot enter a list; of stored products themselves where direct."""
+        if self.direct:  # x + rho |x| >= floor is x >= floor / (1 +- rho): one comparison in place of three steps
+            floors = torch.where(floors >= 0, floors / (1 + self.rho), floors / (1 - self.rho))
+        below = torch.nextafter(floors.float(), torch.full((), -torch.inf, device=self.device))
+        return below.clamp(min=_LOWEST)
+
+    def _open_groups(self, batch: _Batch, grouped: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
+        """(query, group) that some weighting cannot rule out, ascending by query."""
+        limits = self._limits(floors)
+        highest = grouped.amax(2)
+        if self.direct:
+            query, group = torch.nonzero(highest[0] >= limits[0, :, None], as_tuple=True)
+            return query, group
+        high, low = self._stretched(highest, grouped.amin(2) if self.any_negative else highest)
+        opened = torch.zeros(highest.shape[1:], dtype=torch.bool, device=self.device)
+        for weights, limit in zip(batch.weights, limits, strict=True):
+            opened |= weighted(weights, high, low, any_negative=self.any_negative) >= limit[:, None]
+        query, group = torch.nonzero(opened, as_tuple=True)
+        return query, group
+
+    def _own_floors(self, batch: _Batch, grouped: Tensor, num_rows: int) -> Tensor:
+        """float64[K, q]: t of the module docstring, from parts of groups where there are too few groups; -inf for none."""
+        groups = grouped.shape[3]
+        if num_rows < self.rank:
+            return torch.full(
+                (len(batch.weights), grouped.shape[1]), -torch.inf, dtype=torch.float64, device=self.device
+            )
+        length = max(1, self.group // -(-self.rank // groups))  # columns of a group that share a maximum
+        floors = []
+        for weights in batch.weights:
+            maxima: list[Tensor] = []
+            for column in range(self.group):
+                high, low = self._stretched(grouped[:, :, column], grouped[:, :, column])
+                lower = weighted(weights, low, high, any_negative=True)
+                lower[:, max(0, num_rows - column * groups) :] = -torch.inf  # a row that pads is counted where it is
+                if column % length:
+                    torch.maximum(maxima[-1], lower, out=maxima[-1])
+                else:
+                    maxima.append(lower)
+            floors.append(torch.topk(torch.cat(maxima, dim=1), self.rank, dim=1).values[:, -1])
+        return torch.stack(floors).double()
+
+    def _collect(
+        self, batch: _Batch, piece: DeviceTile, grouped: Tensor, limits: Tensor, query: Tensor, group: Tensor
+    ) -> None:
+        """Hand on what the bound cannot rule out in the groups that were opened."""
+        products = grouped[:, query, :, group].movedim(0, 1)  # [R, m, columns of a group]
+        column = torch.arange(self.group, device=self.device) * grouped.shape[3] + group[:, None]
+        if self.direct:
+            scores = products
+        else:
+            scores = weighted(
+                batch.weights[:, :, query], *self._stretched(products, products), any_negative=self.any_negative
+            )
+        wanted = (scores >= limits[:, query, None]) & (column < len(piece.rows))
+        slot, place = torch.nonzero(wanted.any(0), as_tuple=True)
+        keys = wanted[:, slot, place]
+        self.candidates.add(piece, query[slot] + batch.first, column[slot, place], keys)
+
+
+def _offsets(queries: LinearQueries, centre: Tensor) -> Tensor:
+    """float64[K, q]: the scores of the centre."""
+    dots = torch.stack([part.double() @ centre.double() for part in queries.parts])
+    return (queries.weights * dots).sum(1)
+
+
+def _bound_terms(queries: LinearQueries, vectors: list[Tensor], scanned: list[Tensor], weights: Tensor) -> Tensor:
+    """float64 [3, K, q]: E of the module docstring is their sum, weighted with R, G' and G."""
+    n = 8 * (queries.dim + 32) * _UNIT
+    gamma = n / (1 - n)
+    exact, kept = torch.stack(vectors).double(), torch.stack(scanned).double()
+    whole, lost, norms = (x.norm(dim=2) + TINY for x in (exact, exact - kept, kept))  # [R, q]
+    shares = weights.abs()
+    sums = (queries.weights.abs() * (queries.norms + TINY)).sum(1)  # [K, q]
+    terms = [
+        (shares * whole).sum(1),
+        (shares * (lost + (gamma + 16 * _UNIT) * norms)).sum(1) + (queries.dim + 16) * 2.0**-50 * sums,
+        16 * _UNIT * sums,
+    ]
+    return torch.stack(terms) * 1.000001 + TINY_WEIGHT
