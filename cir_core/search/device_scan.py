@@ -194,9 +194,9 @@ class DeviceScan:
         products = torch.empty(shape, dtype=self.dtype, device=self.device)
         for vectors, table in zip(batch.vectors, products, strict=True):
             multiply(vectors, piece.scanned, table[:, :num_rows])
-        if num_rows < shape[2]:  # columns that only pad the last ones repeat the first of their group
-            padding = torch.arange(num_rows, shape[2], device=self.device)
-            products[:, :, num_rows:] = products[:, :, padding % groups]
+        products[:, :, num_rows:] = products[
+            :, :, :1
+        ]  # what only pads: any finite number, at worst a group is opened for it
         return products.view(*shape[:2], self.group, groups)
 
     def _stretched(self, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ class DeviceScan:
         """float32[K, q]: an upper bound below it cannot enter a list; of stored products themselves where direct."""
         if self.direct:  # x + rho |x| >= floor is x >= floor / (1 +- rho): one comparison in place of three steps
             floors = torch.where(floors >= 0, floors / (1 + self.rho), floors / (1 - self.rho))
-        below = torch.nextafter(floors.float(), torch.full((), -torch.inf, device=self.device))
+        below = torch.nextafter(floors.float(), torch.full((), -torch.inf, dtype=torch.float32, device=self.device))
         return below.clamp(min=_LOWEST)
 
     def _open_groups(self, batch: _Batch, grouped: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
