@@ -1,33 +1,7 @@
 """The scan on a GPU with matrix units for bfloat16: products of whole tiles, one pass over each for its group maxima.
 
 No CUDA device has run this so far: all of it is torch operations that run on any device, and the tests run them on the
-CPU. The speeds below are arithmetic, not measurements.
-
-Error bound. Vectors: x a part of a query, w its weight, y what is multiplied (the composed query, float32, where one
-weighting is asked for, with weight a = 1; else the parts, a = w), y' = bfloat16(y); g a row, c the centre of its tile,
-g' = bfloat16(g - c); s the product y' . g' as it is stored. Then
-
-    y . (g - c) = y . (g - c - g') + (y - y') . g' + y' . g'
-
-so that by Cauchy and Schwarz, with R, G' and G the largest |g - c - g'|, |g'| and |g| of the tile, the exact score S,
-the offset o = sum of w (x . c), u = 2^-24, and sums over the vectors that are multiplied, of two kinds for w and x:
-
-    |S - o - sum of a s| <= E = sum |a| (|y| R + (|y - y'| + (gamma + 16 u) |y'|) G')
-                                + sum |w| |x| (16 u G + (D + 16) 2^-50 G') + rounding of the products where they are stored
-
-16 u |y'| G' pays for the float32 arithmetic on products and for y's own rounding; 16 u G for the rounding of S to float32
-and for the float64 sums in S, o and the comparison as far as they are rounded relative to |g| (2^-53 D < u); the term in
-2^-50 for those relative to |c| <= G + G' + R and for weights that cancel. TINY stands in for what underflows.
-
-gamma bounds the sums of the matrix units. They are no IEEE sums: a block of m products and the sum so far are aligned to
-the largest of them, cut to no fewer than 24 bits, added, and cut again (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior
-of NVIDIA tensor cores", 2021; Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores", 2025: m = 4, 8, 16 from V100 to
-H100, with further bits from A100 on). A block errs by less than 2 u (m + 2) |y'| |g'|, and there are at most D / m + 1 of
-them: in all 2 u (D + 2 D / m + m + 2), below 8 u (D + 32) for every m from 1 to 32, split sums in float32 included.
-`ieee_float32` forbids split sums in bfloat16.
-
-Products stored in bfloat16, of 8 significant bits, are off by up to rho = 2^-8 of themselves; stored in float32 by
-nothing more. x + rho |x| and x - rho |x| both rise with x, so bounds of stored products come from stored maxima.
+CPU. The speeds below are arithmetic, not measurements. device_bounds.py derives the error bound E that is used here.
 
 Selecting. Column c of group j is c * groups + j. Maxima of a group bound the scores of all its columns under every
 weighting; where they reach the k-th best score so far less E, its columns are looked at. First floors come from the rows
@@ -44,19 +18,17 @@ comparing and listing them, some 0.04 ms; two waits for the device and a dozen l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from cir_core.search.device_bounds import bound_terms, offsets_of, opened_by_some, rounding_of, weighted
 from cir_core.search.device_candidates import Candidates
 from cir_core.search.device_tiles import DeviceTile
-from cir_core.search.queries import TINY, TINY_WEIGHT, LinearQueries
+from cir_core.search.queries import LinearQueries
 from cir_core.search.top_k import BestLists, TopK
 
-_UNIT = 2.0**-24
 _LOWEST = torch.finfo(torch.float32).min
-_RHO = 2.0**-8 * 1.01
 _QUERIES = 2048  # of one product
 _SEED_ROWS = 2**15  # of the first piece, which finds its floors itself
 _CELLS = 2**22  # scores of opened groups looked at together: 16 MiB in float32
@@ -75,20 +47,6 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left, right.T, out_dtype=torch.float32, out=out)
     else:  # elsewhere torch has no such product
         torch.mm(left.float(), right.float().T, out=out)
-
-
-def weighted(weights: Tensor, positive: Tensor, negative: Tensor, *, any_negative: bool) -> Tensor:
-    """[..., q, n]: weighted sums of `positive` where a weight is, and of `negative` where it is negative.
-
-    weights: [..., R, q]. positive, negative: [R, q, n]; the latter is not read where there is no such weight.
-    """
-    terms = []
-    for part in range(len(positive)):
-        weight = weights.select(-2, part)[..., None]
-        terms.append((weight.clamp(min=0) if any_negative else weight) * positive[part])
-        if any_negative:
-            terms[part].addcmul_(weight.clamp(max=0), negative[part])
-    return reduce(Tensor.add_, terms)
 
 
 def _memory(device: torch.device) -> int:
@@ -121,7 +79,7 @@ class DeviceScan:
         self.direct = queries.num_keys == 1  # one product with the composed query is cheaper than one a part
         self.group = 32 if self.direct else 16
         self.dtype = product_dtype(queries.device, queries.dim)
-        self.rho = _RHO if self.dtype == torch.bfloat16 else 0.0
+        self.rho = rounding_of(self.dtype)
         self.any_negative = not self.direct and bool((queries.weights < 0).any())
         # So many rows of a query have k that are not excluded among them.
         self.rank = k + (0 if excluded is None else excluded.shape[1])
@@ -144,7 +102,7 @@ class DeviceScan:
         else:
             vectors, weights = list(queries.parts), queries.weights
         scanned = [vector.to(torch.bfloat16) for vector in vectors]
-        return _Batch(first, queries, scanned, weights.float(), _bound_terms(queries, vectors, scanned, weights))
+        return _Batch(first, queries, scanned, weights.float(), bound_terms(queries, vectors, scanned, weights))
 
     def add(self, tile: DeviceTile) -> None:
         """Scan one tile of at most `tile_rows` rows for all queries and weightings."""
@@ -172,7 +130,7 @@ class DeviceScan:
         errors = sum(term * size for term, size in zip(batch.terms, piece.stats, strict=True))
         worst = self.best.scores.view(self.queries.num_keys, self.queries.num_queries, self.best.k)[:, :, -1]
         floors = worst[:, batch.first : batch.first + batch.queries.num_queries].double()
-        floors = floors - _offsets(batch.queries, piece.centre) - errors
+        floors = floors - offsets_of(batch.queries, piece.centre) - errors
         raised = self.num_seen < self.rank
         if raised:
             floors = torch.maximum(floors, self._own_floors(batch, grouped, num_rows) - 2 * errors)
@@ -219,9 +177,12 @@ class DeviceScan:
             query, group = torch.nonzero(highest[0] >= limits[0, :, None], as_tuple=True)
             return query, group
         high, low = self._stretched(highest, grouped.amin(2) if self.any_negative else highest)
-        opened = torch.zeros(highest.shape[1:], dtype=torch.bool, device=self.device)
-        for weights, limit in zip(batch.weights, limits, strict=True):
-            opened |= weighted(weights, high, low, any_negative=self.any_negative) >= limit[:, None]
+        if len(high) == 2 and not self.any_negative:
+            opened = opened_by_some(batch.weights, high, limits)
+        else:
+            opened = torch.zeros(highest.shape[1:], dtype=torch.bool, device=self.device)
+            for weights, limit in zip(batch.weights, limits, strict=True):
+                opened |= weighted(weights, high, low, any_negative=self.any_negative) >= limit[:, None]
         query, group = torch.nonzero(opened, as_tuple=True)
         return query, group
 
@@ -263,25 +224,3 @@ class DeviceScan:
         slot, place = torch.nonzero(wanted.any(0), as_tuple=True)
         keys = wanted[:, slot, place]
         self.candidates.add(piece, query[slot] + batch.first, column[slot, place], keys)
-
-
-def _offsets(queries: LinearQueries, centre: Tensor) -> Tensor:
-    """float64[K, q]: the scores of the centre."""
-    dots = torch.stack([part.double() @ centre.double() for part in queries.parts])
-    return (queries.weights * dots).sum(1)
-
-
-def _bound_terms(queries: LinearQueries, vectors: list[Tensor], scanned: list[Tensor], weights: Tensor) -> Tensor:
-    """float64 [3, K, q]: E of the module docstring is their sum, weighted with R, G' and G."""
-    n = 8 * (queries.dim + 32) * _UNIT
-    gamma = n / (1 - n)
-    exact, kept = torch.stack(vectors).double(), torch.stack(scanned).double()
-    whole, lost, norms = (x.norm(dim=2) + TINY for x in (exact, exact - kept, kept))  # [R, q]
-    shares = weights.abs()
-    sums = (queries.weights.abs() * (queries.norms + TINY)).sum(1)  # [K, q]
-    terms = [
-        (shares * whole).sum(1),
-        (shares * (lost + (gamma + 16 * _UNIT) * norms)).sum(1) + (queries.dim + 16) * 2.0**-50 * sums,
-        16 * _UNIT * sums,
-    ]
-    return torch.stack(terms) * 1.000001 + TINY_WEIGHT

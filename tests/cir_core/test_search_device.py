@@ -17,6 +17,7 @@ from search_data import KINDS, brute_force, cone, generator, same, unit
 
 from cir_core.schema import CirError
 from cir_core.search import (
+    device_bounds,
     device_candidates,
     device_scan,
     exact_top_k,
@@ -135,6 +136,21 @@ def test_products_that_only_their_storage_rounds(seed):
         assert_equals_brute_force(queries, gallery, 3, exclude, prepare_on_device(gallery))
 
 
+@given(seed=st.integers(0, 99), scale=st.sampled_from([1.0, 1e-20, 1e20, 0.0]), num_keys=st.integers(2, 21))
+def test_one_table_stands_in_for_all_weightings(seed, scale, num_keys):
+    chance = generator(seed)
+    high = torch.randn(2, 4, 300, generator=chance) * scale
+    weights = torch.rand(num_keys, 2, 4, generator=chance) * torch.randint(0, 2, (num_keys, 2, 1), generator=chance)
+    scores = device_bounds.weighted(weights, high, high, any_negative=False)
+    limits = scores.sort(dim=2).values[:, :, torch.tensor([0, 150, 290, 299])[seed % 4]]
+    slack = torch.einsum("krq,rqn->kqn", weights, high.abs()).amax(2) * 2.0**-22  # E has more for such sums
+    opened = device_bounds.opened_by_some(weights, high, torch.nextafter(limits - slack, torch.tensor(-torch.inf)))
+    wanted = (scores >= limits[:, :, None]).any(0)
+    assert bool(opened[wanted].all())
+    if scale == 1.0:
+        assert int(opened.sum()) <= int((scores >= limits[:, :, None] - 0.2).any(0).sum())
+
+
 @pytest.mark.parametrize("num_keys", [1, 2])
 def test_the_best_rows_are_excluded(num_keys):
     parts, gallery = (unit(4, 16, seed=1), unit(4, 16, seed=2)), unit(3000, 16, seed=3)
@@ -160,7 +176,7 @@ def assert_bounded(scan: DeviceScan, tile: DeviceTile) -> None:
     weights = batch.weights.double() if scan.direct else queries.weights
     errors = sum(term * size for term, size in zip(batch.terms, tile.stats, strict=True))[:, :, None]
     errors = errors + scan.rho * torch.einsum("krq,rqn->kqn", weights.abs(), products.abs())
-    offsets = device_scan._offsets(queries, tile.centre)[:, :, None]
+    offsets = device_bounds.offsets_of(queries, tile.centre)[:, :, None]
     q, g = torch.cartesian_prod(torch.arange(queries.num_queries), torch.arange(num_rows)).unbind(1)
     dots = [torch_pair_dots(part, tile.rows.float(), q, g) for part in queries.parts]
     for key in range(queries.num_keys):
@@ -177,7 +193,7 @@ def test_no_score_is_further_from_its_product_than_the_bound(data):
     gallery, queries = drawn_gallery(draw, num_rows, dim), drawn_queries(draw, num_queries, dim)
     scan = DeviceScan(queries, 3, None)
     scan.dtype = draw(st.sampled_from([torch.bfloat16, torch.float32]), "products stored in")
-    scan.rho = device_scan._RHO if scan.dtype == torch.bfloat16 else 0.0
+    scan.rho = device_bounds.rounding_of(scan.dtype)
     given_rows = prepare_on_device(gallery) if draw(st.booleans(), "prepared") else gallery
     (tile,) = iter_device_tiles(given_rows, dim, device=CPU, max_rows=num_rows)
     assert_bounded(scan, tile)
