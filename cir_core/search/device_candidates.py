@@ -41,11 +41,15 @@ class Candidates:
         """Take P pairs; keys: bool[K, P], the weightings that each is wanted for. The tile's rows are copied."""
         index = tile.indices[column]
         if self.excluded is not None:
-            keep = ~_is_listed(self.excluded, query, index)
+            keep = torch.nonzero(~_is_listed(self.excluded, query, index))[:, 0]  # one wait; four, were it a mask below
             query, column, index, keys = query[keep], column[keep], index[keep], keys[:, keep]
         for start in range(0, len(query), self.max_pairs):
             pairs = slice(start, start + self.max_pairs)
-            key, pair = torch.nonzero(keys[:, pairs], as_tuple=True)
+            if len(keys) == 1:  # wanted for it, or it were not here
+                pair = torch.arange(len(query[pairs]), device=query.device)
+                key = torch.zeros_like(pair)
+            else:
+                key, pair = torch.nonzero(keys[:, pairs], as_tuple=True)
             self.rows.append(tile.rows[column[pairs]])
             self.query.append(query[pairs])
             self.index.append(index[pairs])

@@ -11,8 +11,10 @@ not thousands. What passes is gathered with its rows and scored by the definitio
 
 What to expect (an estimate for an H200: 800 TFLOP/s in bfloat16, 4.8 TB/s; 2048 queries, 2^19 rows, D = 512). The
 product is 1.10 TFLOP, 1.37 ms. Stored in bfloat16 it is 2 GiB: one pass over it, 0.45 to 0.5 ms. Group maxima are 64 MiB:
-comparing and listing them, some 0.04 ms; two waits for the device and a dozen launches, some 0.05 ms. So 1.37 of 1.95 ms,
-70 % of the peak; with float32 products, twice the bytes, 56 %. At D = 1024 these are 82 % and 71 %: float32 from there on.
+comparing and listing them, some 0.05 ms. Two or three waits for the device and some twenty launches between the last of
+them and the next product, some 0.1 ms. So 1.37 of 2.0 ms, about 70 % of the peak; with float32 products, twice the bytes,
+55 %. At D = 1024 these are 81 % and 70 %: float32 from there on. 21 weightings, half as many rows a tile: two products
+1.37 ms, one pass over both 0.48 ms, 0.5 ms for the table of opened_by_some and its passes over maxima of 16: 2.4 times one.
 """
 
 from __future__ import annotations
@@ -134,11 +136,11 @@ class DeviceScan:
         raised = self.num_seen < self.rank
         if raised:
             floors = torch.maximum(floors, self._own_floors(batch, grouped, num_rows) - 2 * errors)
-        query, group = self._open_groups(batch, grouped, floors)
-        if len(query) * 4 > grouped[0, :, 0].numel() and not raised:
-            floors = torch.maximum(floors, self._own_floors(batch, grouped, num_rows) - 2 * errors)
-            query, group = self._open_groups(batch, grouped, floors)
         limits = self._limits(floors)
+        query, group = self._open_groups(batch, grouped, limits)
+        if len(query) * 4 > grouped[0, :, 0].numel() and not raised:
+            limits = self._limits(torch.maximum(floors, self._own_floors(batch, grouped, num_rows) - 2 * errors))
+            query, group = self._open_groups(batch, grouped, limits)
         step = max(1, _CELLS // (self.group * self.queries.num_keys))
         for start in range(0, len(query), step):
             some = slice(start, start + step)
@@ -157,10 +159,11 @@ class DeviceScan:
         ]  # what only pads: any finite number, at worst a group is opened for it
         return products.view(*shape[:2], self.group, groups)
 
-    def _stretched(self, highest: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+    def _stretched(self, highest: Tensor, lowest: Tensor | None) -> tuple[Tensor, Tensor]:
         """float32 bounds of the products from those of the stored ones: from above, and from below for negative weights."""
-        high = torch.add(highest.float(), highest.float().abs(), alpha=self.rho)
-        return high, torch.sub(lowest.float(), lowest.float().abs(), alpha=self.rho)
+        high = highest.float()
+        low = high if lowest is None else lowest.float()
+        return torch.add(high, high.abs(), alpha=self.rho), low if lowest is None else low - self.rho * low.abs()
 
     def _limits(self, floors: Tensor) -> Tensor:
         """float32[K, q]: an upper bound below it cannot enter a list; of stored products themselves where direct."""
@@ -169,14 +172,13 @@ class DeviceScan:
         below = torch.nextafter(floors.float(), torch.full((), -torch.inf, dtype=torch.float32, device=self.device))
         return below.clamp(min=_LOWEST)
 
-    def _open_groups(self, batch: _Batch, grouped: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
+    def _open_groups(self, batch: _Batch, grouped: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
         """(query, group) that some weighting cannot rule out, ascending by query."""
-        limits = self._limits(floors)
         highest = grouped.amax(2)
         if self.direct:
             query, group = torch.nonzero(highest[0] >= limits[0, :, None], as_tuple=True)
             return query, group
-        high, low = self._stretched(highest, grouped.amin(2) if self.any_negative else highest)
+        high, low = self._stretched(highest, grouped.amin(2) if self.any_negative else None)
         if len(high) == 2 and not self.any_negative:
             opened = opened_by_some(batch.weights, high, limits)
         else:
@@ -217,9 +219,8 @@ class DeviceScan:
         if self.direct:
             scores = products
         else:
-            scores = weighted(
-                batch.weights[:, :, query], *self._stretched(products, products), any_negative=self.any_negative
-            )
+            bounds = self._stretched(products, products if self.any_negative else None)
+            scores = weighted(batch.weights[:, :, query], *bounds, any_negative=self.any_negative)
         wanted = (scores >= limits[:, query, None]) & (column < len(piece.rows))
         slot, place = torch.nonzero(wanted.any(0), as_tuple=True)
         keys = wanted[:, slot, place]

@@ -1,5 +1,7 @@
 """Gallery rows on the device that searches them, cast to bfloat16 for its matrix units, and prepared galleries there.
 
+A plain tile is cast in one pass and its norms are taken in two more, about a third of the time of the product with 2048
+queries; a prepared gallery costs nothing. Rows in host memory cross the bus once, as they are: float16 at half the bytes.
 No step waits for the device but the check for rows that are not finite. Nothing here ran on CUDA so far: see
 device_scan.py.
 """
