@@ -8,6 +8,7 @@
 
     python jobs/benchmark.py --measure '[start_up]' --rounds 3            # with the servers of `make up`
     python jobs/benchmark.py --measure '[search, search_streamed]' --tracking_uri http://127.0.0.1:5000      # and into MLflow
+    python jobs/benchmark.py --measure '[search]' --use_gpu true --queries 2048 --gallery_rows 8000000       # on the first GPU
 
 A and B of a comparison take turns, so that a busy neighbour or a warm processor meets both; the median is reported, with
 the ratio and its range over the rounds. Ray only to embed and for training_job; MLflow only where --tracking_uri is given. A

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jobs.benchmark import BenchmarkConfig
 
 _TILE = 4096
-_NUM_ALPHAS = 21
+NUM_ALPHAS = 21
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -58,17 +58,20 @@ def table(title: str, notes: str, seconds: dict[str, list[float]], *, over: str)
 
 def measure_search(config: BenchmarkConfig) -> Measured:
     """Exact top 50 against the bare low-precision product and FAISS's IndexFlatIP; results are compared, too."""
+    if config.use_gpu:
+        from jobs.benchmark_search_gpu import measure_search_gpu
+
+        return measure_search_gpu(config)
     import torch
 
     from cir_core.search import exact_top_k, kernels, prepare_gallery, sweep_top_k
 
-    _check(config)
     queries, texts, gallery = _unit(config.queries, config.dim, 1), _unit(config.queries, config.dim, 2), _rows(config)
     prepared = prepare_gallery(gallery)
     scanned = prepared.scanned
     columns = queries.to(scanned.dtype).T.contiguous()
     out = torch.empty(_TILE, config.queries, dtype=scanned.dtype)
-    k, alphas = config.k, [number / (_NUM_ALPHAS - 1) for number in range(_NUM_ALPHAS)]
+    k, alphas = config.k, [number / (NUM_ALPHAS - 1) for number in range(NUM_ALPHAS)]
 
     def bare() -> None:
         for start in range(0, len(scanned), _TILE):
@@ -82,7 +85,7 @@ def measure_search(config: BenchmarkConfig) -> Measured:
         "exact_top_k, plain float32 gallery": lambda: exact_top_k(queries, gallery, k),
         "exact_top_k, plain float16 gallery": lambda: exact_top_k(queries, half, k),
         "prepare_gallery": lambda: prepare_gallery(gallery),
-        f"sweep_top_k, {_NUM_ALPHAS} alphas, prepared": lambda: sweep_top_k(queries, texts, prepared, alphas, k),
+        f"sweep_top_k, {NUM_ALPHAS} alphas, prepared": lambda: sweep_top_k(queries, texts, prepared, alphas, k),
     }
     half = gallery.half()
     notes = f"{config.queries} queries, {config.gallery_rows} x {config.dim} random unit rows, k = {k}; "
@@ -114,7 +117,8 @@ def measure_search_streamed(config: BenchmarkConfig) -> Measured:
     from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec
     from cir_core.search import exact_top_k, prepare_gallery, read_ahead
 
-    _check(config)
+    if config.use_gpu:
+        raise CirError("search_streamed measures the processor; leave out --use_gpu")
     queries, gallery = _unit(config.queries, config.dim, 1), _rows(config).half()
     with tempfile.TemporaryDirectory() as folder:
         writer = EmbeddingWriter(folder, StoreSpec("random", "", "0", "", "0", "0", "0", config.dim, "float16", "rows"))
@@ -149,8 +153,3 @@ def _unit(rows: int, dim: int, seed: int) -> torch.Tensor:
 
 def _rows(config: BenchmarkConfig) -> torch.Tensor:
     return _unit(config.gallery_rows, config.dim, 3)
-
-
-def _check(config: BenchmarkConfig) -> None:
-    if config.use_gpu:
-        raise CirError("search and search_streamed measure the processor; leave out --use_gpu")

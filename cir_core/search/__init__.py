@@ -11,7 +11,8 @@ gallery index). So shards merged by `merge_top_k` equal one search over everythi
 search that was resumed.
 
 Scanning is fast low-precision matrix products with a proven bound on their error; whatever the bound cannot rule
-out is scored by the definition (compiled_scan.py on a CPU, scan.py elsewhere). Heavy duplication therefore costs time,
+out is scored by the definition (compiled_scan.py on a CPU, device_scan.py on a GPU with fast bfloat16, which no CUDA device
+has run so far, scan.py elsewhere). Heavy duplication therefore costs time,
 never correctness.
 
 Shapes: Q queries, D embedding dimensions, k results, n rows of a block, K named weight pairs.

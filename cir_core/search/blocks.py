@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from cir_core.schema import CirError
+
+if TYPE_CHECKING:
+    from cir_core.search.device_tiles import DeviceTile
 
 Block = Tensor | npt.NDArray[Any]
 
@@ -28,7 +31,7 @@ class PreparedGallery:
     """Gallery rows made ready to be scanned many times; `prepare_gallery` makes them.
 
     rows: as they were given, [N, D], for exact scores; may be a memory map. scanned: [N, D], the rows less `centre`
-    (float32[D]), in the dtype that this processor multiplies fastest. stats: float64 [tiles, 3], of every `tile_rows` rows
+    (float32[D]), in the dtype that the processor multiplies fastest, on the same device. stats: float64 [tiles, 3], of every `tile_rows` rows
     the largest norm of what the cast lost, of the scanned rows, and of the rows.
     """
 
@@ -40,6 +43,11 @@ class PreparedGallery:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are, and what is scanned."""
+        return self.rows.device if isinstance(self.rows, Tensor) else torch.device("cpu")
 
     def tile(self, start: int, stop: int) -> tuple[Tensor, tuple[float, ...]]:
         """Return scanned rows start .. stop - 1 and their stats."""
@@ -97,8 +105,10 @@ def iter_row_blocks(gallery_blocks: GalleryBlocks, dim: int, *, min_rows: int, m
     """
     pending: list[tuple[int, Tensor]] = []
     num_rows = num_pending = 0
-    for offset, block in _numbered(gallery_blocks, dim):
+    for offset, block in numbered_blocks(gallery_blocks, dim):
         num_rows += len(block)
+        if isinstance(block, PreparedGallery) and block.device.type != "cpu":
+            block = block.rows
         if isinstance(block, PreparedGallery):
             yield RowBlock(block.rows, offset, prepared=block)
         elif len(block) >= min_rows:
@@ -107,7 +117,7 @@ def iter_row_blocks(gallery_blocks: GalleryBlocks, dim: int, *, min_rows: int, m
                 yield RowBlock(rows[start : start + max_rows], offset + start)
         elif len(block):
             # A reader may refill its buffer for the next block, so rows that wait are copied.
-            pending.append((offset, _as_tensor(block).detach().to("cpu", copy=True)))
+            pending.append((offset, as_tensor(block).detach().to("cpu", copy=True)))
             num_pending += len(block)
             if num_pending >= min_rows:
                 yield _gathered(pending)
@@ -118,7 +128,7 @@ def iter_row_blocks(gallery_blocks: GalleryBlocks, dim: int, *, min_rows: int, m
         raise CirError("the gallery has no rows: there is nothing to search")
 
 
-def indices_of(piece: Tile | RowBlock) -> Tensor:
+def indices_of(piece: Tile | RowBlock | DeviceTile) -> Tensor:
     """Gallery indices int64[n] of the rows."""
     if piece.indices is not None:
         return piece.indices
@@ -161,7 +171,7 @@ def iter_tiles(gallery_blocks: GalleryBlocks, dim: int, *, device: torch.device,
     exact_top_k."""
     pending: list[tuple[int, Tensor]] = []
     num_pending = num_rows = 0
-    for offset, given in _numbered(gallery_blocks, dim):
+    for offset, given in numbered_blocks(gallery_blocks, dim):
         start, block = 0, given.rows if isinstance(given, PreparedGallery) else given
         while start < len(block):
             stop = min(len(block), start + max_rows - num_pending)
@@ -191,7 +201,7 @@ def _tile(pieces: list[tuple[int, Tensor]]) -> Tile:
     return Tile(rows, indices, max_norm)
 
 
-def _numbered(gallery_blocks: GalleryBlocks, dim: int) -> Iterator[tuple[int, Block | PreparedGallery]]:
+def numbered_blocks(gallery_blocks: GalleryBlocks, dim: int) -> Iterator[tuple[int, Block | PreparedGallery]]:
     """Every block, checked, with the gallery index of its first row."""
     if isinstance(gallery_blocks, Tensor | np.ndarray | PreparedGallery):
         gallery_blocks = [gallery_blocks]
@@ -241,10 +251,11 @@ def check_block(block: object, name: str, dim: int | None) -> None:
 
 
 def _to_float32(block: Block, device: torch.device | None) -> Tensor:
-    return _as_tensor(block).detach().to(device=device, dtype=torch.float32)
+    return as_tensor(block).detach().to(device=device, dtype=torch.float32)
 
 
-def _as_tensor(block: Block) -> Tensor:
+def as_tensor(block: Block) -> Tensor:
+    """Rows as a tensor where they are, copied only where torch cannot share the memory."""
     if isinstance(block, np.ndarray):
         # Arrow's zero-copy arrays are read-only, which torch.from_numpy warns about; it refuses odd strides.
         if not block.flags.writeable or not _strides_count_elements(block):

@@ -2,8 +2,8 @@
 
 torch is imported before they are loaded: they share its OpenMP library and so its threads.
 
-They are built when the package is installed, where there is a C compiler. Without them, and on a GPU, the same search
-runs in torch (scan.py): same results to the bit, more time.
+They are built when the package is installed, where there is a C compiler. Without them the same search runs in torch
+(scan.py): same results to the bit, more time. On a GPU it does anyway (device_scan.py).
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class LinearQueries:
         n = (self.dim + 8) * 2.0**-24
         return 1.01 * n / (1 - n) * (self.weights.abs() * (self.norms + TINY)).sum(1) + TINY_WEIGHT
 
-    def exact_scores(self, key: int, query: Tensor, dots: Sequence[Tensor]) -> Tensor:
-        """float32[P]: the definition of a score, from float64 dots; the parts are added in order."""
+    def exact_scores(self, key: int | Tensor, query: Tensor, dots: Sequence[Tensor]) -> Tensor:
+        """float32[P]: the definition of a score, from float64 dots; the parts are added in order. key: one, or int64[P]."""
         total = self.weights[key, 0, query] * dots[0]
         for part in range(1, len(self.parts)):
             total = total + self.weights[key, part, query] * dots[part]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cir_core.search.blocks import RowBlock, Tile, indices_of
+from cir_core.search.device_tiles import DeviceTile
 from cir_core.search.queries import TINY, LinearQueries
 from cir_core.search.top_k import BestLists, TopK, pair_dots
 
@@ -34,24 +35,30 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 _precision_lock = Lock()
-_precision_before: list[str] = []  # what the first of the searches that run now found
+_precision_before: list[Any] = []  # what the first of the searches that run now found
 _num_searches = 0
 
 
 @contextmanager
 def ieee_float32(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, and true float32 products: TF32 and bfloat16 would break the error bound.
+    """No gradients, no autocast, and true float32 products and sums: TF32 and bfloat16 would break the error bounds.
 
     The precision is one of the whole process: of several searches at once the last to end puts it back.
     """
     global _num_searches, _precision_before
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings: tuple[tuple[Any, str, Any], ...] = (
+        (cuda, "fp32_precision", "ieee"),
+        (mkldnn, "fp32_precision", "ieee"),
+        # A long sum that is split among processors is put together in float32.
+        (cuda, "allow_bf16_reduced_precision_reduction", False),
+    )
     with _precision_lock:
         if _num_searches == 0:
-            _precision_before = [backend.fp32_precision for backend in backends]
+            _precision_before = [_setting(backend, name) for backend, name, _ in settings]
         _num_searches += 1
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        for backend, name, value in settings:
+            setattr(backend, name, value)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
@@ -59,8 +66,14 @@ def ieee_float32(device: torch.device) -> Iterator[None]:
         with _precision_lock:
             _num_searches -= 1
             if _num_searches == 0:
-                for backend, precision in zip(backends, _precision_before, strict=True):
-                    backend.fp32_precision = precision
+                for (backend, name, _), before in zip(settings, _precision_before, strict=True):
+                    setattr(backend, name, before)
+
+
+def _setting(backend: Any, name: str) -> Any:
+    """Return the value to set to have a setting as it is; newer versions of torch set whether sums are split with it."""
+    value, split = getattr(backend, name), getattr(backend, f"{name}_split_k", None)
+    return value if split is None else (value, split)
 
 
 class Scan:
@@ -165,7 +178,7 @@ def _round_down(x: Tensor) -> Tensor:
 
 def offer_pairs(
     queries: LinearQueries,
-    tile: Tile | RowBlock,
+    tile: Tile | RowBlock | DeviceTile,
     found: Sequence[tuple[int, Tensor, Tensor]],
     first_query: int,
     best: BestLists,
@@ -192,7 +205,7 @@ def offer_pairs(
     best.offer(torch.cat(lists), torch.cat(scores), indices_of(tile)[columns])
 
 
-def rank_listed(queries: LinearQueries, tile: Tile | RowBlock, listed: Tensor, best: BestLists) -> None:
+def rank_listed(queries: LinearQueries, tile: Tile | RowBlock | DeviceTile, listed: Tensor, best: BestLists) -> None:
     """Offer every query the rows of this tile that its list [Q, m] names."""
     query, column = find_listed(listed, indices_of(tile))
     step = _MAX_PAIRS // queries.num_keys + 1

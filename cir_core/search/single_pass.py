@@ -17,6 +17,8 @@ from cir_core.search.blocks import (
     iter_tiles,
 )
 from cir_core.search.compiled_scan import CompiledScan
+from cir_core.search.device_scan import DeviceScan
+from cir_core.search.device_tiles import DeviceTile, has_fast_bfloat16, iter_device_tiles
 from cir_core.search.queries import IndexLists, LinearQueries, padded_indices
 from cir_core.search.scan import Scan, ieee_float32, rank_listed
 from cir_core.search.top_k import BestLists, TopK
@@ -26,15 +28,20 @@ class Consumer(Protocol):
     """What takes in a gallery piece by piece."""
 
     def add(self, piece: Any) -> None:
-        """Take in one piece: a RowBlock where one of the consumers is a CompiledScan, which comes first, else a Tile."""
+        """Take in one piece: what the consumers' scan takes (RowBlock, DeviceTile or Tile), Tiles where there is no scan."""
 
     def results(self) -> list[TopK]:
         """Return one TopK a key."""
 
 
 def gallery_scan(queries: LinearQueries, k: int, exclude: IndexLists | None) -> Consumer:
-    """Return the scan for where the queries are. exclude: as in exact_top_k."""
+    """Return the scan for where the queries are: bfloat16 in matrix units, compiled loops, or float32 products in torch.
+
+    exclude: as in exact_top_k.
+    """
     excluded = None if exclude is None else padded_indices(exclude, queries.num_queries, "exclude", queries.device)
+    if has_fast_bfloat16(queries.device):
+        return DeviceScan(queries, k, excluded)
     compiled = kernels.is_compiled() and queries.device.type == "cpu"
     return CompiledScan(queries, k, excluded) if compiled else Scan(queries, k, excluded)
 
@@ -49,7 +56,7 @@ class SubsetRanking:
             queries.num_keys * queries.num_queries, self.listed.shape[1] if k is None else k, queries.device
         )
 
-    def add(self, piece: RowBlock | Tile) -> None:
+    def add(self, piece: RowBlock | DeviceTile | Tile) -> None:
         """Score the listed rows of one piece."""
         rank_listed(self.queries, piece, self.listed, self.best)
 
@@ -60,8 +67,12 @@ class SubsetRanking:
 
 def one_pass(queries: LinearQueries, gallery_blocks: GalleryBlocks, consumers: Sequence[Consumer]) -> None:
     """Show every row of the gallery to every consumer once."""
-    pieces: Iterable[RowBlock | Tile]
-    if any(isinstance(one, CompiledScan) for one in consumers):  # it checks the values as it casts them
+    pieces: Iterable[RowBlock | DeviceTile | Tile]
+    device_scans = [one for one in consumers if isinstance(one, DeviceScan)]
+    if device_scans:
+        rows = min(one.tile_rows for one in device_scans)
+        pieces = iter_device_tiles(gallery_blocks, queries.dim, device=queries.device, max_rows=rows)
+    elif any(isinstance(one, CompiledScan) for one in consumers):  # it checks the values as it casts them
         pieces = iter_row_blocks(gallery_blocks, queries.dim, min_rows=MIN_BLOCK_ROWS, max_rows=MAX_BLOCK_ROWS)
     else:
         rows = min((one.tile_rows for one in consumers if isinstance(one, Scan)), default=8192)

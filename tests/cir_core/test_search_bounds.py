@@ -16,12 +16,16 @@ from cir_core.search.single_pass import gallery_scan, one_pass
 from cir_core.search.top_k import torch_pair_dots
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str, autouse=True)
-def scan_dtype(request, monkeypatch):
+@pytest.fixture(params=[torch.bfloat16, torch.float32, "as on a GPU"], ids=str, autouse=True)
+def scanned_as(request, monkeypatch):
+    dtype = request.param if isinstance(request.param, torch.dtype) else torch.bfloat16
     for module in ("compiled_scan", "prepared"):
-        monkeypatch.setattr(f"cir_core.search.{module}.scan_dtype", lambda: request.param)
+        monkeypatch.setattr(f"cir_core.search.{module}.scan_dtype", lambda: dtype)
     monkeypatch.setattr("cir_core.search.single_pass.MIN_BLOCK_ROWS", 1)  # blocks stay apart
-    return request.param
+    if request.param == "as on a GPU":
+        for module in ("single_pass", "prepared"):
+            monkeypatch.setattr(f"cir_core.search.{module}.has_fast_bfloat16", lambda device: True)
+        monkeypatch.setattr("cir_core.search.device_scan._SEED_ROWS", 300)
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
