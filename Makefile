@@ -19,7 +19,7 @@ help:
 install: .venv/.installed
 
 # One requirements file pins everything; uv installs it in under a minute.
-.venv/.installed: requirements.txt pyproject.toml cir_core/search/kernels.c
+.venv/.installed: requirements.txt pyproject.toml $(wildcard cir_core/search/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo "error: Python 3.11 is needed; install it, or run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	test -x .venv/bin/uv || $(PY) -m pip install --quiet --disable-pip-version-check uv

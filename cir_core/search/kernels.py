@@ -1,4 +1,4 @@
-"""The compiled inner loops of the search (kernels.c), called through ctypes, which lets other threads run meanwhile.
+"""The compiled inner loops of the search (kernels.c and its headers), called through ctypes, which lets other threads run meanwhile.
 
 torch is imported before they are loaded: they share its OpenMP library and so its threads.
 
@@ -70,10 +70,10 @@ class _Block(ctypes.Structure):
 _SIZES = ("num_queries", "num_keys", "num_products", "num_parts", "k", "capacity", "dim", "lanes")
 _LANES = 16  # keys that the scan works on at a time
 _ARRAYS = (
-    *("bar", "slack", "slack_max", "need", "steps", "steps_from", "count", "limit", "value", "row"),
+    *("bar", "slack", "slack_max", "need", "corners", "count", "limit", "value", "row"),
     *("best_score", "best_index", "num_exact"),
 )
-_STEPS = 128  # of the staircase that two products are held against
+_CORNERS = 8  # that two products are held against
 
 
 class _Batch(ctypes.Structure):
@@ -123,7 +123,7 @@ class Rows:
 
 
 class Batch:
-    """The lists of a batch of queries, and what is known of their bounds; see kernels.c for every array."""
+    """The lists of a batch of queries, and what is known of their bounds; see kernels.h for every array."""
 
     def __init__(self, *, k: int, capacity: int, group: int, rho: float, arrays: dict[str, _Array]) -> None:
         num_queries, num_products, num_keys = arrays["scan_weights"].shape
@@ -137,15 +137,14 @@ class Batch:
             "slack": np.zeros((num_queries, num_keys), np.float32),
             "slack_max": np.zeros((num_queries, num_keys), np.float32),
             "need": np.full((num_queries, lanes), np.inf, np.float32),
-            "steps_from": np.zeros((2, num_queries), np.float32),
             "count": np.zeros(num_queries, np.int32),
             "limit": np.full(num_queries, min(2 * k, capacity), np.int32),
             "value": np.empty((num_queries, num_products, capacity), np.float32),
             "row": np.empty((num_queries, capacity), np.int32),
             "num_exact": np.zeros(num_queries, np.int64),
         }
-        if num_products == 2 and not (scan_weights < 0).any():
-            self.arrays["steps"] = np.empty((num_queries, _STEPS), np.float32)
+        if max(num_products, num_keys) == 1 or (num_products == 2 and not (scan_weights < 0).any()):
+            self.arrays["corners"] = np.empty((num_queries, num_products, _CORNERS), np.float32)
         sizes = (num_queries, num_keys, num_products, num_parts, k, capacity, dim, lanes)
         self.c = _Batch(**dict(zip(_SIZES, sizes, strict=True)), rho=rho)
         for name, array in self.arrays.items():

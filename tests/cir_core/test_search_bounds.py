@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cir_core.schema import CirError
-from cir_core.search import TopK, exact_top_k, prepare_gallery, weighted_top_k
+from cir_core.search import TopK, exact_top_k, kernels, prepare_gallery, weighted_top_k
+from cir_core.search.compiled_scan import CompiledScan, no_centre
 from cir_core.search.queries import LinearQueries
 from cir_core.search.scan import ieee_float32
 from cir_core.search.single_pass import gallery_scan, one_pass
@@ -48,11 +49,13 @@ def assert_equals_brute_force(parts, weights, blocks, k):
         assert torch.equal(found.scores, expected.scores)
 
 
+@pytest.mark.parametrize("one_sign", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_products_that_only_their_storage_rounds(seed):
+def test_products_that_only_their_storage_rounds(seed, one_sign):
     # Two dimensions, all numbers exact in bfloat16, a mean of zero: nothing else widens the bound.
     image, text, gallery = (normal(n, 2, seed=10 * seed + i).bfloat16().float() for i, n in enumerate((20, 20, 2000)))
     weights = normal(2, 2, 20, seed=10 * seed + 3).double()
+    weights = weights.abs() if one_sign else weights
     assert_equals_brute_force((image, text), weights, list(torch.cat([gallery, -gallery]).split(500)), 3)
 
 
@@ -63,6 +66,44 @@ def test_weights_that_float32_cannot_hold(weight):
     )
     weights = torch.rand(3, 2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * weight
     assert_equals_brute_force((image, text), weights, list(gallery.split(500)), 5)
+
+
+def arcs(num_keys: int, num_queries: int) -> torch.Tensor:
+    """Weights (cos, sin) of equal parts of a right angle, both ends with it: float64 [K, 2, Q]."""
+    angles = torch.linspace(0, torch.pi / 2, num_keys, dtype=torch.float64)
+    pairs = torch.stack([angles.cos(), angles.sin()], 1)
+    pairs[-1, 0] = 0
+    return pairs[:, :, None].repeat(1, 1, num_queries)
+
+
+@pytest.mark.parametrize("num_keys", [2, 3, 16, 21])
+@pytest.mark.parametrize("scale", [(1, 1), (1e9, 1), (1, 1e-9), (1e11, 1e-30), (0, 1), (1, 0)], ids=str)
+def test_rows_next_to_what_every_weighting_needs_of_two_products(num_keys, scale):
+    # In a plane the two products of a row are its coordinates: an arc of rows, each the best of some direction.
+    angles = torch.linspace(-0.5, 2.1, 3000, dtype=torch.float64)[torch.randperm(3000, generator=torch.manual_seed(1))]
+    gallery = torch.stack([angles.cos(), angles.sin()], 1).float() * (1 + 1e-6 * normal(3000, 1, seed=2))
+    axes = torch.eye(2).repeat(1, 3).view(2, 3, 2)
+    weights = arcs(num_keys, 3) * torch.tensor(scale, dtype=torch.float64)[:, None]
+    blocks = list(torch.cat([gallery, -gallery, gallery * 0.999]).split(1700))
+    assert_equals_brute_force((axes[0].contiguous(), axes[1].contiguous()), weights, blocks, 7)
+
+
+@pytest.mark.skipif(not kernels.is_compiled(), reason="installed without a C compiler")
+def test_the_error_of_a_tile_is_that_of_the_tile_before_only_where_that_was_no_smaller(scan_dtype):
+    queries = LinearQueries.checked((normal(3, 8, seed=1), normal(3, 8, seed=2)), arcs(5, 3))
+    scan, rows = CompiledScan(queries, 2, None), kernels.Rows(torch.zeros(16, 8))
+    (batch,) = scan._batch(scan.states[0], no_centre(8))
+    products = [torch.zeros(16, 3, dtype=scan_dtype)] * 2
+    largest = 0.0
+    for size in (1.0, 1.001, 0.96, 0.9, 0.949, 3.0, 0.1):
+        kernels.scan_tile(batch, rows, products, first_row=0, stats=(0.01 * size, 2 * size, 3 * size))
+        least = (batch.arrays["slack_terms"] * np.array([0.01, 2, 3])[:, None, None] * size).sum(0)
+        slack, need = batch.arrays["slack"], batch.arrays["need"][:, :5]
+        largest = np.maximum(largest, least)
+        assert (least <= slack).all()
+        assert (slack <= least / 0.94).all()
+        assert (largest <= batch.arrays["slack_max"]).all()
+        assert (need <= np.maximum(batch.arrays["bar"] - least, -3e38)).all()
 
 
 def test_parts_that_cancel_before_a_centre_far_away():
