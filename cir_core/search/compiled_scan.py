@@ -15,9 +15,7 @@ lie in a cone.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from torch import Tensor
 from cir_core.schema import CirError
 from cir_core.search import kernels
 from cir_core.search.blocks import MAX_NORM, RowBlock, not_finite
+from cir_core.search.products import multiply, right_operand, scan_dtype
 from cir_core.search.queries import TINY, TINY_WEIGHT, LinearQueries
 from cir_core.search.top_k import TopK
 
@@ -36,32 +35,6 @@ _TILE_CELLS = 2**21  # elements of a tile's rows: 4 MiB of bfloat16
 _LISTS = 2**14  # (query, weighting) pairs with candidate lists at a time: bounds their memory
 _UNIT = 2.0**-24
 _ROUNDING_16 = 2.0**-8 * 1.01
-
-
-@lru_cache(maxsize=1)
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones: tried once, in milliseconds."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    with torch.no_grad():
-        pairs = [
-            (torch.ones(1024, 256, dtype=dtype, device="cpu"), torch.ones(256, 128, dtype=dtype, device="cpu"))
-            for dtype in (torch.float32, torch.bfloat16)
-        ]
-        times = [float("inf")] * 2
-        for _ in range(20):  # in turns, the shortest: another process may take the processor at any moment
-            for which, (rows, columns) in enumerate(pairs):
-                started = time.perf_counter()
-                torch.mm(rows, columns)
-                times[which] = min(times[which], time.perf_counter() - started)
-    return times[1] < 0.75 * times[0]
-
-
-def scan_dtype() -> torch.dtype:
-    """What rows are cast to for the scan on this processor."""
-    return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
 def tile_rows(dim: int) -> int:
@@ -77,7 +50,7 @@ class _State:
     excluded: npt.NDArray[np.int64] | None
     best_score: npt.NDArray[np.float32]
     best_index: npt.NDArray[np.int64]
-    products: list[Tensor]  # scanned queries, [D, Q] each
+    products: list[list[Tensor]]  # scanned queries: of every product the right operands of the pieces
     scanned64: npt.NDArray[np.float64]  # [P, 3, Q]: norms of the float32 vector, of what its cast lost, of the cast
     scan_weights: npt.NDArray[np.float64]  # [Q, P, K]
     num_exact: int = 0
@@ -126,7 +99,7 @@ class CompiledScan:
             None if excluded is None else np.ascontiguousarray(np.sort(excluded[rows].numpy(), axis=1)),
             np.full(lists, -np.inf, np.float32),
             np.full(lists, -1, np.int64),
-            [cast.T.contiguous() for cast in scanned],
+            [[right_operand(piece) for piece in torch.split(cast, _COLUMNS)] for cast in scanned],
             np.stack(norms) + TINY,
             np.ascontiguousarray(scan_weights),
         )
@@ -203,11 +176,10 @@ class CompiledScan:
         self, batch: list[kernels.Batch], rows: kernels.Rows, state: _State, tile: Tensor, start: int, stats: Any
     ) -> None:
         for number, piece in enumerate(batch):
-            columns = slice(number * _COLUMNS, number * _COLUMNS + piece.num_queries)
             tables = []
-            for table, vectors in zip(self.tables, state.products, strict=True):
+            for table, operands in zip(self.tables, state.products, strict=True):
                 out = table.view(-1)[: len(tile) * piece.num_queries].view(len(tile), piece.num_queries)
-                tables.append(torch.mm(tile, vectors[:, columns], out=out))
+                tables.append(multiply(tile, operands[number], out))
             kernels.scan_tile(piece, rows, tables, first_row=start, stats=stats)
 
     def results(self) -> list[TopK]:

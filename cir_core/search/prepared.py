@@ -8,8 +8,9 @@ import torch
 from cir_core.schema import CirError
 from cir_core.search import kernels
 from cir_core.search.blocks import Block, PreparedGallery, check_block, iter_row_blocks, iter_tiles
-from cir_core.search.compiled_scan import cast_checked, mean_row, no_centre, scan_dtype, tile_rows
+from cir_core.search.compiled_scan import cast_checked, mean_row, no_centre, tile_rows
 from cir_core.search.device_tiles import has_fast_bfloat16, prepare_on_device
+from cir_core.search.products import scan_dtype
 
 _MAX_ROWS = 2**31 - 1  # the loops number the rows of a block in 32 bits
 

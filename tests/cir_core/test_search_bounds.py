@@ -16,17 +16,20 @@ from cir_core.search.scan import ieee_float32
 from cir_core.search.single_pass import gallery_scan, one_pass
 from cir_core.search.top_k import torch_pair_dots
 
+ONEDNN = torch.backends.mkldnn.is_available()
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32, "as on a GPU"], ids=str, autouse=True)
+@pytest.fixture(params=["bfloat16", "float32", "float32 of oneDNN", "bfloat16 as on a GPU"], autouse=True)
 def scanned_as(request, monkeypatch):
-    dtype = request.param if isinstance(request.param, torch.dtype) else torch.bfloat16
+    dtype = getattr(torch, request.param.split()[0])
     for module in ("compiled_scan", "prepared"):
         monkeypatch.setattr(f"cir_core.search.{module}.scan_dtype", lambda: dtype)
+    monkeypatch.setattr("cir_core.search.products.fast_onednn", lambda: ONEDNN and "oneDNN" in request.param)
     monkeypatch.setattr("cir_core.search.single_pass.MIN_BLOCK_ROWS", 1)  # blocks stay apart
-    if request.param == "as on a GPU":
+    if "GPU" in request.param:
         for module in ("single_pass", "prepared"):
             monkeypatch.setattr(f"cir_core.search.{module}.has_fast_bfloat16", lambda device: True)
         monkeypatch.setattr("cir_core.search.device_scan._SEED_ROWS", 300)
+    return dtype
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -89,11 +92,11 @@ def test_rows_next_to_what_every_weighting_needs_of_two_products(num_keys, scale
 
 
 @pytest.mark.skipif(not kernels.is_compiled(), reason="installed without a C compiler")
-def test_the_error_of_a_tile_is_that_of_the_tile_before_only_where_that_was_no_smaller(scan_dtype):
+def test_the_error_of_a_tile_is_that_of_the_tile_before_only_where_that_was_no_smaller(scanned_as):
     queries = LinearQueries.checked((normal(3, 8, seed=1), normal(3, 8, seed=2)), arcs(5, 3))
     scan, rows = CompiledScan(queries, 2, None), kernels.Rows(torch.zeros(16, 8))
     (batch,) = scan._batch(scan.states[0], no_centre(8))
-    products = [torch.zeros(16, 3, dtype=scan_dtype)] * 2
+    products = [torch.zeros(16, 3, dtype=scanned_as)] * 2
     largest = 0.0
     for size in (1.0, 1.001, 0.96, 0.9, 0.949, 3.0, 0.1):
         kernels.scan_tile(batch, rows, products, first_row=0, stats=(0.01 * size, 2 * size, 3 * size))
