@@ -18,6 +18,7 @@ from cir_core.search.top_k import torch_pair_dots
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
+
 @pytest.fixture(params=["bfloat16", "float32", "float32 of oneDNN", "bfloat16 as on a GPU"], autouse=True)
 def scanned_as(request, monkeypatch):
     dtype = getattr(torch, request.param.split()[0])
