@@ -30,6 +30,7 @@ from jobs.decoding import embedding_resources
 from jobs.embedding_progress import some_rejects
 from jobs.gallery_search import Gallery, GallerySearch, Setting, settings_of
 from jobs.models import ModelInfo, inspect_model
+from jobs.progress import UnitGauge
 from jobs.session import check_resources, code_version, connect, say
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable
 
@@ -237,17 +238,20 @@ def _answer_all(
     pipeline = PartPipeline(run, search, encoders, sizes, config.seed)
     started, last, answered = time.perf_counter(), 0.0, 0
     try:
-        for marker in _completed(pipeline, checked, todo, len(encoders) + 2):
-            answered += marker["num_queries"]
-            rejects += marker["num_rejects"]
-            _limit_rejects(config, run, rejects)
-            elapsed = time.perf_counter() - started
-            if elapsed - last > 5 or answered == total:
-                last = elapsed
-                say(
-                    f"answered {answered}/{total} queries ({100 * answered / total:.0f} %)  {answered / elapsed:.0f} queries/s  "
-                    f"{rejects} rejects  ETA {elapsed / answered * (total - answered):.0f} s"
-                )
+        with UnitGauge("batch_retrieve", "queries") as queries:
+            queries.show(0, total)
+            for marker in _completed(pipeline, checked, todo, len(encoders) + 2):
+                answered += marker["num_queries"]
+                rejects += marker["num_rejects"]
+                _limit_rejects(config, run, rejects)
+                queries.show(answered, total)
+                elapsed = time.perf_counter() - started
+                if elapsed - last > 5 or answered == total:
+                    last = elapsed
+                    say(
+                        f"answered {answered}/{total} queries ({100 * answered / total:.0f} %)  {answered / elapsed:.0f} queries/s  "
+                        f"{rejects} rejects  ETA {elapsed / answered * (total - answered):.0f} s"
+                    )
     finally:
         for encoder in encoders:
             ray.kill(encoder)  # their CPUs and GPUs are free at once, also after an error

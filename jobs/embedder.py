@@ -156,7 +156,7 @@ class ShardEmbedder:
 
     def __init__(self, plans: list[EmbedPlan], board: ray.actor.ActorHandle | None = None) -> None:
         self.plans, self.board = plans, board
-        self.metrics = StageMetrics("embed")
+        self.metrics = StageMetrics("embed", "rows", "rejects", "megabytes")
         self._setting_up, self._encoding = threading.Lock(), threading.Lock()
         self._sessions: dict[int, _Session] = {}
         if not plans[0].use_gpu:  # Ray gives an actor of half a core one thread

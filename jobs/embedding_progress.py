@@ -6,12 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ray.util import metrics
-
 from cir_core import files
 from cir_core.embedding_store import PartInfo
 from cir_core.schema import CirError
-from jobs.progress import describe_stages, stage_shares
+from jobs.progress import UnitGauge, describe_stages, stage_shares
 from jobs.session import say
 from jobs.tracking import LiveMetrics, Tracker
 
@@ -80,21 +78,24 @@ class EmbeddingProgress:
         self._num_units, self._finished = num_units, 0
         self._idle_s = 0.0  # before the first rows: encoders start and load the model
         self._live = LiveMetrics(tracker.uri, tracker.run_id, marker="images_per_second") if tracker else None
-        self._shards = metrics.Gauge("cir_embed_shards", description="Shards to embed.", tag_keys=("state",))
+        self._shards = UnitGauge("embed", "shards")
 
     def finished_unit(self) -> None:
         """Count a part that is on storage."""
         self._finished += 1
 
     def __enter__(self) -> EmbeddingProgress:
+        self._shards.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        self._shards.__exit__(*error)
         if self._live is not None:
             self._live.close()
 
     def show(self, elapsed_s: float, totals: Mapping[str, float]) -> None:
         """Say how far the run is; called from the reporter's thread."""
+        self._shards.show(self._finished, self._num_units)
         found = {name: totals.get(name, 0.0) for name in ("rows", "rejects", "megabytes")}
         if not (found["rows"] or found["rejects"] or self._finished):
             if not self._idle_s:
@@ -110,8 +111,6 @@ class EmbeddingProgress:
             "shards_done": self._finished,
             **{f"time_share/{stage}": share for stage, share in shares.items()},
         }
-        self._shards.set(self._finished, tags={"state": "done"})
-        self._shards.set(self._num_units - self._finished, tags={"state": "left"})
         if self._live is not None and totals:
             self._live.log(int(elapsed_s), row)
         left = self._num_units - self._finished

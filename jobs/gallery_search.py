@@ -28,6 +28,7 @@ from cir_core.search import (
     subset_top_k,
     weighted_top_k,
 )
+from jobs.progress import StageMetrics
 
 _FAN_IN = 8  # lists merged by one task
 _HELD_BYTES = 4  # an element: float16 as stored and bfloat16 as scanned
@@ -115,6 +116,7 @@ class Shard:
         self.block_rows = int(max(1024, min(65_536, budget / 4 / (spec_dim * 4))))
         self.keep = keep and gallery.num_rows(parts) * spec_dim * _HELD_BYTES <= budget
         self._held: list[tuple[int, PreparedGallery]] | None = None
+        self._metrics = StageMetrics("batch_retrieve", "tiles")
 
     def _blocks(self) -> Any:
         if not self.keep:
@@ -126,6 +128,12 @@ class Shard:
 
     def search(self, tile: Tile, settings: list[Setting], k: int) -> dict[Setting, TopK]:
         """Return the share's best k, or each query's own rows of it, of every setting."""
+        with self._metrics.measured("search"):
+            found = self._search(tile, settings, k)
+        self._metrics.count("tiles", 1)
+        return found
+
+    def _search(self, tile: Tile, settings: list[Setting], k: int) -> dict[Setting, TopK]:
         weights = {key: query_weights(key[0], tile.images, tile.texts, key[1]) for key in settings}
         if tile.subsets is not None:
             return subset_top_k(tile.images, tile.texts, self._blocks(), weights, tile.subsets, k)

@@ -12,31 +12,40 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import ray
 from ray.util import metrics
 
+from cir_core import files
+
 _TELL_EVERY_S = 2.0  # a worker tells the board
 _SHOW_EVERY_S = 10.0  # the driver shows
+_GAUGE_EVERY_S = 5.0
 STAGES = ("read", "decode", "encode", "write")
 
 
-class StageMetrics:
-    """Ray metrics of a job in this process; Ray's agents serve them to Prometheus as ray_cir_<job>_<name>."""
+_COUNTERS = {
+    "rows": "Rows that were finished.",
+    "rejects": "Rows that could not be used.",
+    "megabytes": "Megabytes of encoded images.",
+    "tiles": "Tiles of queries that a share of the gallery was searched for.",
+}
 
-    def __init__(self, job: str) -> None:
-        self._counters = {
-            name: metrics.Counter(f"cir_{job}_{name}", description=text)
-            for name, text in (
-                ("rows", "Rows that were finished."),
-                ("rejects", "Rows that could not be used."),
-                ("megabytes", "Megabytes of encoded images."),
-            )
-        }
+
+class StageMetrics:
+    """Ray metrics of a job in this process; Ray's agents serve them to Prometheus as ray_cir_<job>_<name>_total.
+
+    counters: which of rows, rejects, megabytes and tiles the job counts.
+    """
+
+    def __init__(self, job: str, *counters: str) -> None:
+        self._counters = {name: metrics.Counter(f"cir_{job}_{name}", description=_COUNTERS[name]) for name in counters}
         self._stages = metrics.Counter(
             f"cir_{job}_stage_seconds", description="Seconds that stages took of a worker's time.", tag_keys=("stage",)
         )
+        count_storage_retries()
 
     def count(self, name: str, amount: float) -> None:
         """Add to a counter."""
@@ -47,6 +56,57 @@ class StageMetrics:
         """Add to a stage's time."""
         if seconds > 0:
             self._stages.inc(seconds, tags={"stage": stage})
+
+    @contextmanager
+    def measured(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stage(stage, time.perf_counter() - started)
+
+
+class UnitGauge:
+    """How many units of a job are done and left, as ray_cir_<job>_<unit> by state, while its block runs.
+
+    Ray drops a gauge that nobody sets for 20 s (twice its report interval), as a job that is stuck would not; so a thread
+    sets it again and again. Nothing is told before the first `show`.
+    """
+
+    def __init__(self, job: str, unit: str) -> None:
+        self._gauge = metrics.Gauge(f"cir_{job}_{unit}", description=f"{unit.title()} of a job.", tag_keys=("state",))
+        self._states: dict[str, int] = {}
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"gauge-{unit}", daemon=True)
+
+    def show(self, done: int, total: int) -> None:
+        """Take in the newest numbers."""
+        self._states = {"done": done, "left": total - done}
+        self._set()
+
+    def __enter__(self) -> UnitGauge:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ending.wait(_GAUGE_EVERY_S):
+            self._set()
+
+    def _set(self) -> None:
+        for state, value in self._states.items():
+            self._gauge.set(value, tags={"state": state})
+
+
+@cache
+def count_storage_retries() -> None:
+    """Count requests to object stores that failed and are made again, by this process, as ray_cir_storage_retries_total."""
+    retries = metrics.Counter("cir_storage_retries", description="Requests to object stores that are made again.")
+    files.on_retry(retries.inc)
 
 
 class Meter:

@@ -30,6 +30,7 @@ from cir_core.epoch_plan import EpochPlan, Piece, plan_epoch, rows_per_worker
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import Reject
 from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_versions
+from jobs.progress import count_storage_retries
 from jobs.session import retry_network_errors, say
 from jobs.text_anchors import TextAnchors
 
@@ -133,6 +134,7 @@ def _read_rounds(
     batch: dict[str, Any], *, plan_ref: ray.ObjectRef[RunPlan], world_size: int, first_step: int
 ) -> Iterator[pa.Table]:
     """Yield a table of one row per step and worker; see `_round_table`. A whole round is read before its first row."""
+    count_storage_retries()
     plan: RunPlan = ray.get(plan_ref)
     rounds_per_epoch = plan.epoch(0).num_rounds
     for number in map(int, batch["id"]):

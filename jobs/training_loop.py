@@ -33,6 +33,7 @@ from cir_core.modality_gap import modality_gap
 from cir_core.preprocessing import ImageError, preprocess_image
 from cir_core.schema import REJECT_SCHEMA, CirError
 from cir_core.tuning import StepResult, TextAnchoredTuner
+from jobs.progress import StageMetrics, UnitGauge
 from jobs.session import say
 from jobs.start_up import StartUp
 from jobs.storage import STATE
@@ -95,7 +96,8 @@ def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: s
         batches = _telling(start_up, batches, memory)
     try:
         if steps_done < settings.tuning.total_steps:
-            _run_steps(settings, tuner, memory, batches, steps_done, live)
+            with UnitGauge("tat_train", "steps") as steps:
+                _run_steps(settings, tuner, memory, batches, steps_done, live, steps)
         if rank == 0:
             _save_result(settings, encoder, memory)
     finally:
@@ -124,13 +126,18 @@ def _run_steps(
     batches: Batches,
     first: int,
     live: LiveMetrics | None,
+    steps: UnitGauge,
 ) -> None:
     """Steps `first` to the end, with a checkpoint every checkpoint_every_steps and after the last."""
     total = settings.tuning.total_steps
     interval, waited, started, begun = _Interval(), 0.0, time.perf_counter(), time.perf_counter()
+    exported = StageMetrics("tat_train", "rows", "rejects")
+    if live is not None:  # rank 0
+        steps.show(first, total)
     asked = time.perf_counter()
     for index, (arrays, info) in enumerate(batches, start=first):
-        waited += time.perf_counter() - asked
+        got = time.perf_counter()
+        waited += got - asked
         images, valid = (torch.from_numpy(arrays[key].copy()) for key in ("images", "valid"))  # Ray's are read-only
         texts = torch.from_numpy(arrays["anchors"].copy()) if "anchors" in arrays else info["texts"]
         result = tuner.step(index, images, texts, valid)
@@ -141,6 +148,12 @@ def _run_steps(
                 f"the gradients of step {done} are not finite, training has diverged; the last checkpoint is sound. Use a "
                 f"smaller --lr (now {settings.tuning.lr:g}) or a larger --temperature, under a --name of its own"
             )
+        exported.count("rows", len(info["key"]) - len(info["rejects"]))
+        exported.count("rejects", len(info["rejects"]))
+        exported.stage("data_wait", got - asked)
+        exported.stage("step", time.perf_counter() - got)
+        if live is not None:
+            steps.show(done, total)
         if done % settings.log_every_steps == 0 or done == total:
             elapsed = time.perf_counter() - started
             samples = (done - max(first, done - settings.log_every_steps)) * settings.plan.global_batch_size
@@ -156,7 +169,8 @@ def _run_steps(
                 )
             waited, started = 0.0, time.perf_counter()
         if done % settings.checkpoint_every_steps == 0 or done == total:
-            _checkpoint(settings, tuner, memory, done, interval)
+            with exported.measured("checkpoint"):
+                _checkpoint(settings, tuner, memory, done, interval)
             interval = _Interval()
         asked = time.perf_counter()
 

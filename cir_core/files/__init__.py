@@ -17,6 +17,7 @@ from cir_core.files.access import (
     filesystem,
     is_folder,
     list_files,
+    on_retry,
     patience,
     size_bytes,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "join",
     "list_files",
     "local_path",
+    "on_retry",
     "open_atomic",
     "open_parquet",
     "open_random",

@@ -30,6 +30,7 @@ _FINAL = re.compile(r"HTTP status (?!408|409|429)(3\d\d|4\d\d)|INVALID_PARAMETER
 _CLIENTS = ("aiohttp", "botocore", "http", "urllib3")  # libraries under fsspec whose errors are no OSError
 _logger = logging.getLogger("cir_core.files")
 _patience: ContextVar[float] = ContextVar("patience", default=180.0)
+_watchers: list[Callable[[], object]] = []
 _T = TypeVar("_T")
 
 
@@ -84,7 +85,14 @@ def attempt(uri: str, action: Callable[[], _T]) -> _T:
     return retrying(once)
 
 
+def on_retry(call: Callable[[], object]) -> None:
+    """Call `call` whenever a request is about to be made again, in this process, from any of its threads."""
+    _watchers.append(call)
+
+
 def _tell(state: tenacity.RetryCallState) -> None:
+    for call in _watchers:
+        call()
     number = state.attempt_number
     if number >= 4 and number.bit_count() == 1 and state.outcome is not None:  # the 4th, 8th, 16th failure in a row
         _logger.warning("%s; attempt %d failed, trying again", state.outcome.exception(), number)

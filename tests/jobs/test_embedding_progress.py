@@ -1,10 +1,16 @@
-"""When a run that rejects too much stops, what a progress line says, and which ids are refused early."""
+"""When a run that rejects too much stops, what a progress line says, and which ids are refused early;
+what Prometheus is told."""
+
+import threading
 
 import numpy as np
 import pytest
 
+from cir_core import files
 from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec
+from cir_core.files import access
 from cir_core.schema import CirError, Reject
+from jobs import progress
 from jobs.embedder import Unit
 from jobs.embedding import check_shard_names
 from jobs.embedding_progress import RejectLimit
@@ -79,3 +85,37 @@ def test_shards_of_one_name_cannot_name_ids():
     check_shard_names([Unit(0, "s3://b/train/00000.tar"), Unit(1, "s3://b/train/00001.tar")])
     with pytest.raises(CirError, match="2 shards are named '00000'"):
         check_shard_names([Unit(0, "s3://b/train/00000.tar"), Unit(1, "s3://b/val/00000.tar")])
+
+
+def test_a_request_to_a_store_that_is_made_again_is_told_to_who_watches(monkeypatch):
+    told, answers = [], iter([OSError("HTTP status 503"), OSError("reset"), "there"])
+
+    def request():
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(access, "_watchers", [])
+    files.on_retry(lambda: told.append("again"))
+    assert access.attempt("s3://bucket/key", request) == "there"
+    assert told == ["again", "again"]
+
+
+def test_a_gauge_is_set_again_and_again_while_its_block_runs(monkeypatch):
+    monkeypatch.setattr(progress, "_GAUGE_EVERY_S", 0.01)
+    told, enough = [], threading.Event()
+
+    def tell(value, tags):
+        told.append((tags["state"], value))
+        if len(told) >= 6:
+            enough.set()
+
+    with progress.UnitGauge("test", "steps") as steps:
+        monkeypatch.setattr(steps._gauge, "set", tell)
+        steps.show(2, 5)
+        assert enough.wait(60)
+    num_told = len(told)
+    assert set(told) == {("done", 2), ("left", 3)}
+    assert not steps._thread.is_alive()
+    assert len(told) == num_told
