@@ -31,6 +31,7 @@ _READING_CPUS = 1.0  # READER_CPUS + DECODER_CPUS of jobs/training_data.py, whic
 # Variables and a source file of the package that reads them (its name stands in there).
 _READ_BY = {
     "RAY_USAGE_STATS_ENABLED": "ray/_common/usage/usage_constants.py",
+    "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "ray/dashboard/modules/reporter/reporter_agent.py",
     "RAY_TRAIN_V2_ENABLED": "ray/train/v2/_internal/constants.py",
     "RAY_DATA_USE_DATASOURCE_V2": "ray/data/context.py",
     "RAY_JOB_STOP_SIGNAL": "ray/dashboard/modules/job/job_supervisor.py",

@@ -1,4 +1,4 @@
-"""Whether an object is what the API server takes: strict schemas of KubeRay, of Kueue (what we use) and of Kubernetes itself.
+"""Whether an object is what the API server takes: strict schemas of KubeRay, of Kueue and the Prometheus operator (what we use), of Kubernetes itself.
 
 Each check returns its findings as lines; an empty list means that all is well.
 """
@@ -17,7 +17,11 @@ from manifests.render import Object, key
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 OLDEST, NEWEST = "1.31", "1.37"
 """Versions of Kubernetes: from the one in which all fields are on by default to the newest that has schemas."""
-_FILES = {"ray.io/v1": "kuberay.json", "kueue.x-k8s.io/v1beta2": "kueue.json"}
+_FILES = {
+    "ray.io/v1": "kuberay.json",
+    "kueue.x-k8s.io/v1beta2": "kueue.json",
+    "monitoring.coreos.com/v1": "monitoring.json",
+}
 
 
 @cache
