@@ -107,9 +107,12 @@ class Shard:
 
     memory_gb: what it may hold. A share that fits, with the copy that is scanned, is read and prepared at the first tile;
     of another one a pass holds two blocks, the one that is searched and the next one, which is read meanwhile.
+    threads: of a search; 0 leaves what the process has.
     """
 
-    def __init__(self, gallery: Gallery, parts: list[int], memory_gb: float, *, keep: bool) -> None:
+    def __init__(self, gallery: Gallery, parts: list[int], memory_gb: float, *, keep: bool, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
         self.gallery, self.parts = gallery, parts
         spec_dim, budget = EmbeddingStore.open(gallery.uri).manifest.spec.dim, memory_gb * 1e9
         # float16 as stored, twice that where captions are composed in, and float32 at worst of what is gathered
@@ -145,6 +148,15 @@ class Shard:
 _ShardActor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(Shard)
 
 
+def threads_of(num_shares: int, node_cpus: Sequence[float]) -> int:
+    """Return the threads of a share's actor, spread over nodes of so many CPUs: Ray would give it one, as it reserves none.
+
+    Ray counts what a container may use, which the process does not see.
+    """
+    cpus = [count for count in node_cpus if count >= 1]
+    return max(1, int(min(cpus)) // -(-num_shares // len(cpus))) if cpus else 1
+
+
 @ray.remote(num_cpus=1, max_retries=5)
 def _search_once(
     gallery: Gallery, parts: list[int], memory_gb: float, tile: Tile, settings: list[Setting], k: int
@@ -175,7 +187,12 @@ class GallerySearch:
         many = num_tiles is None or num_tiles > 1
         self.actors: list[Any] = []
         if many and gallery.num_rows(parts) >= _ACTOR_ROWS:
-            self.actors = [_ShardActor.remote(self.gallery, share, memory_gb, keep=True) for share in self.shares]
+            threads = threads_of(
+                len(self.shares), [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+            )
+            self.actors = [
+                _ShardActor.remote(self.gallery, share, memory_gb, keep=True, threads=threads) for share in self.shares
+            ]
 
     def start(self, tile: Tile | ray.ObjectRef[Tile], settings: list[Setting], k: int) -> Any:
         """Start one pass over the gallery; return a reference to {setting: TopK}, merged as a tree."""

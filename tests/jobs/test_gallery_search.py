@@ -15,7 +15,7 @@ from cir_core.composition import query_weights
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec
 from cir_core.search import weighted_top_k
 from jobs import gallery_search
-from jobs.gallery_search import Gallery, GallerySearch, Shard, Tile
+from jobs.gallery_search import Gallery, GallerySearch, Shard, Tile, threads_of
 
 SETTINGS = [("slerp", 0.5), ("sum", None)]
 K = 7
@@ -89,3 +89,11 @@ def test_any_number_of_shards_and_killed_ones_give_the_same_lists(connected, sto
     tasks = GallerySearch(Gallery(store), num_shards, num_tiles=1)
     assert not tasks.actors
     check(ray.get(tasks.start(tile, SETTINGS, K)), store, tile)
+
+
+@pytest.mark.parametrize(
+    ("num_shares", "cpus", "threads"),
+    [(8, [0, *[16] * 8], 16), (2, [2], 1), (1, [8], 8), (9, [0, 16, 16], 3), (4, [16, 8], 4), (40, [4], 1), (3, [], 1)],
+)
+def test_a_share_has_its_part_of_a_node_s_cpus(num_shares, cpus, threads):
+    assert threads_of(num_shares, cpus) == threads
