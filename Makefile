@@ -6,12 +6,13 @@
 # make up / make down                       start the two servers / stop exactly what was started here
 # make s3                                   start an S3 server on loopback, print what to export
 # make demo-s3                              the demo with shards, stores, checkpoints and artifacts in that server
+# make image                                the images for Kubernetes, by docker, podman or buildah: cluster/image
 # make install                              .venv with everything (what the others begin with)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-s3 up down s3 test test-fast test-long chaos check format pins
+.PHONY: help install demo demo-s3 up down s3 test test-fast test-long chaos check format pins image
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -65,6 +66,10 @@ format: install
 # Newest versions that satisfy pyproject.toml.
 pins: install
 	.venv/bin/uv pip compile --quiet --no-header --no-annotate --all-extras --upgrade pyproject.toml -o requirements.txt
+	.venv/bin/uv pip compile --quiet --no-header --no-annotate --extra ann --extra tracking-server --constraint requirements.txt pyproject.toml -o cluster/image/requirements.txt
+
+image:
+	@cluster/image/build.sh $(ARGS)
 
 chaos: install
 	$(PY) tests/chaos/campaign.py
