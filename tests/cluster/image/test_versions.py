@@ -119,3 +119,10 @@ def test_labels(stages, project, target):
     assert labels["title"] == ("slerp-tat" if target == "cpu" else "slerp-tat-gpu")
     assert (labels["revision"], labels["base.name"]) == ("${REVISION}", "${BASE_IMAGE}")
     assert {"REVISION", "BASE_IMAGE"} <= set(stages[target].settings("ARG"))
+
+
+def test_the_readme_names_the_defaults_that_are_in_the_dockerfile(image_folder, stages):
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([^`|]+?)`? \|", (image_folder / "README.md").read_text(), re.MULTILINE)
+    defaults = {key: value for stage in stages.values() for key, value in stage.settings("ARG").items() if value}
+    del defaults["UV_VERSION"]  # follows requirements.txt
+    assert dict(rows) == defaults | {"REVISION": "the commit"}
