@@ -70,7 +70,12 @@ def attach_lora(
 
 
 def check_lora(
-    model: TwoTowerModel, *, r: int, lora_alpha: float, lora_dropout: float, target_modules: Sequence[str]
+    model: TwoTowerModel,
+    *,
+    r: int = 16,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.1,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
 ) -> None:
     """Raise CirError where `attach_lora` would; the model stays as it is, and PEFT, slow to import, is not needed."""
     _check_settings(r, lora_alpha, lora_dropout, target_modules)

@@ -5,6 +5,7 @@ import pytest
 from cir_core.schema import CirError
 from cir_core.shards import index_shard, list_shards, write_tar_shard
 from jobs.models import inspect_model
+from jobs.start_up import StartUp
 from jobs.storage import RunFolder
 from jobs.tat_train import TatTrainConfig
 from jobs.training_data import RunPlan
@@ -17,7 +18,8 @@ def settings_of(tmp_path, **changed):
     indexes = tuple(index_shard(shard) for shard in list_shards(str(tmp_path)))
     config = TatTrainConfig(storage_path=str(tmp_path), global_batch_size=4, **changed)
     plan = RunPlan(indexes, config.batch, config.seed, config.epochs)
-    return loop_settings(config, RunFolder(str(tmp_path), "tat_train", "run"), plan, "id")
+    folder = RunFolder(str(tmp_path), "tat_train", "run")
+    return loop_settings(config, folder, plan, "id", start_up=StartUp(), first_step=0)
 
 
 def test_the_settings_of_the_step_reach_the_workers(tmp_path):
