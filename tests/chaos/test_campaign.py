@@ -1,4 +1,4 @@
-"""The short campaign, as CI runs it: a real cluster, a real S3 server, real kills; nothing lost, nothing twice."""
+"""The short campaign: a real cluster, a real S3 server, real kills; nothing lost, nothing twice."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]  # four minutes
 CAMPAIGN = Path(__file__).with_name("campaign.py")
 
 
