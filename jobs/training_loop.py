@@ -156,7 +156,7 @@ def _run_steps(
             steps.show(done, total)
         if done % settings.log_every_steps == 0 or done == total:
             elapsed = time.perf_counter() - started
-            samples = (done - max(first, done - settings.log_every_steps)) * settings.plan.global_batch_size
+            samples = steps_to_log(done, first, settings.log_every_steps) * settings.plan.global_batch_size
             row = _measured(result, settings, elapsed=elapsed, waited=waited, samples=samples)
             if live is not None:
                 memory["history"].append({"step": done, **row})
@@ -173,6 +173,11 @@ def _run_steps(
                 _checkpoint(settings, tuner, memory, done, interval)
             interval = _Interval()
         asked = time.perf_counter()
+
+
+def steps_to_log(done: int, first: int, every: int) -> int:
+    """Return the steps since the last line: one is written after each multiple of `every`, and after the last step."""
+    return done - max(first, (done - 1) // every * every)
 
 
 def _measured(

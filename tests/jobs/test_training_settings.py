@@ -10,6 +10,7 @@ from jobs.storage import RunFolder
 from jobs.tat_train import TatTrainConfig
 from jobs.training_data import RunPlan
 from jobs.training_job import _OPERATIONAL, loop_settings
+from jobs.training_loop import steps_to_log
 
 
 def settings_of(tmp_path, **changed):
@@ -28,6 +29,14 @@ def test_the_settings_of_the_step_reach_the_workers(tmp_path):
     tuning = settings_of(tmp_path, **changed).tuning
     assert {name: getattr(tuning, name) for name in changed} == changed
     assert tuning.total_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("done", "first", "every", "steps"),
+    [(10, 0, 10, 10), (120, 0, 10, 10), (125, 0, 10, 5), (10, 7, 10, 3), (13, 7, 10, 3), (8, 7, 1, 1), (3, 0, 50, 3)],
+)
+def test_a_line_counts_the_steps_since_the_one_before(done, first, every, steps):
+    assert steps_to_log(done, first, every) == steps
 
 
 def test_an_adapter_says_whether_patches_were_left_out(tmp_path):
