@@ -209,7 +209,6 @@ def find_adapter(config: BatchRetrieveConfig) -> tuple[str | None, dict[str, str
 
 def main() -> None:
     """Read the settings and have a worker check the models while this process imports what retrieval needs."""
-    start_up = StartUp()
     config = parse_config(BatchRetrieveConfig, "batch_retrieve", __doc__.split("\n")[0])
     protocol_options(config.benchmark)  # an unknown benchmark is an error that lists the known ones
     if config.benchmark == "custom":
@@ -218,6 +217,7 @@ def main() -> None:
         answer_queries(config)
         return
     config.refuse(_FOR_CATALOGUES, f"with --benchmark {config.benchmark}")
+    start_up = StartUp()
     start_up.reached("first imports")
     connect()
     imported = import_models.remote()

@@ -35,7 +35,6 @@ _HELD_BYTES = 4  # an element: float16 as stored and bfloat16 as scanned
 _ACTOR_ROWS = 100_000  # below, a pass takes less than an actor's start
 
 Setting = tuple[str, float | None]  # a method and its alpha, None where it has none
-_FAN_IN = 8  # lists merged by one task
 
 
 @dataclass(frozen=True)

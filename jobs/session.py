@@ -35,8 +35,6 @@ _ENVIRONMENT = {
     "RAY_DATA_USE_DATASOURCE_V2": "0",  # it starts footer-reader actors: seconds per execution on a small cluster
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would show each worker's line twice
-    # Ray Train sets it for its processes: with one environment for all, a process that has loaded a model is used again.
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
     "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # ours are raised by ray.get; a task's second result would tell them again
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

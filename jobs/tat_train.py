@@ -129,8 +129,8 @@ class TatTrainConfig(JobConfig):
 
 def main() -> None:
     """Read the settings and have a worker check the model while this process imports what training needs."""
-    start_up = StartUp()
     config = parse_config(TatTrainConfig, "tat_train", __doc__.split("\n")[0])
+    start_up = StartUp()
     start_up.reached("first imports")
     connect()
     start_up.reached("connection")
