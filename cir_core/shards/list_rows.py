@@ -21,6 +21,7 @@ MAX_HEADER = 1 << 16
 _READ_BYTES = 1 << 20
 _MAX_LINE = 1 << 20
 _BATCH_ROWS = 4096
+_GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -169,8 +170,6 @@ def csv_columns(header: tuple[int, int, list[str]] | None, name: str) -> _Column
     """Find the columns in the first record of a CSV; CirError if there is none of URIs."""
     if header is None or not header[2]:
         raise CirError(f"unreadable list {name}: it is empty or has no header; expected one with a column uri")
-    if header[2][0].startswith("\x1f\udc8b"):  # gzip
-        raise CirError(f"unreadable list {name}: it is compressed; decompress it, or use Parquet")
     if header[1] > MAX_HEADER:
         raise CirError(
             f"unreadable list {name}: a header of more than {MAX_HEADER} bytes; expected the names of columns"
@@ -201,6 +200,8 @@ def csv_records(stream: BinaryIO, name: str, position: int = 0) -> Iterator[tupl
         nonlocal position
         for line in _lines(stream, name):
             at_start, position = position == 0, position + len(line)
+            if at_start and line.startswith(_GZIP):
+                raise CirError(f"unreadable list {name}: it is compressed; decompress it, or use Parquet")
             yield (line.removeprefix(_BOM) if at_start else line).decode("utf-8", "surrogateescape")
 
     reader = csv.reader(text())
