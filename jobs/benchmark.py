@@ -3,7 +3,7 @@
     python jobs/benchmark.py --measure '[text_anchors]'                       # a training step with and without cached anchors
     python jobs/benchmark.py --measure '[text_anchors]' --model ViT-B-32 --batch_size 32 --rounds 5
     python jobs/benchmark.py --measure '[training_peft, training_open_clip, training_caching]' --model ViT-B-32 --batch_size 16
-    python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 320 --rounds 5
+    python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 240 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
     python jobs/benchmark.py --measure '[start_up]' --rounds 3            # with the servers of `make up`
