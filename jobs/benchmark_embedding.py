@@ -35,17 +35,25 @@ if TYPE_CHECKING:
 
 _SHARDS = 40  # so that the ends of the first and the last one do not matter
 _FEWEST = 8
+_DIFFERENT = 200  # pictures, the rest repeat them
 _SAMPLE_S = 0.25
 
 
-def write_photos(folder: str, count: int, *, side: int) -> None:
-    """Write shards of JPEG pictures with the detail of photographs: noise at every scale, and edges. Reused if there."""
-    shard_images = max(1, count // _SHARDS)
+def write_photos(folder: str, count: int, *, side: int, shard_images: int | None = None) -> None:
+    """Write shards of JPEG pictures with the detail of photographs: noise at every scale, and edges. Reused if there.
+
+    The pictures repeat after the first ones, each time with another key. shard_images: by default, a fortieth of all.
+    """
+    shard_images = shard_images or max(1, count // _SHARDS)
+    pictures: list[bytes] = []
     for start in range(0, count, shard_images):
         uri = files.join(folder, f"{start // shard_images:05d}.tar")
-        if not files.exists(uri):
-            numbers = range(start, min(start + shard_images, count))
-            write_tar_shard(uri, ((f"photo{number:08d}", _photo(number, side), "jpg", "a photo") for number in numbers))
+        if files.exists(uri):
+            continue
+        pictures = pictures or [_photo(number, side) for number in range(min(count, _DIFFERENT))]
+        numbers = range(start, min(start + shard_images, count))
+        samples = ((f"photo{number:08d}", pictures[number % len(pictures)], "jpg", "a photo") for number in numbers)
+        write_tar_shard(uri, samples)
 
 
 def _photo(seed: int, side: int) -> bytes:
@@ -195,7 +203,8 @@ def measure_embedding(config: BenchmarkConfig) -> str:
     with tempfile.TemporaryDirectory() as home:
         data = config.data or files.join(home, "photos")
         if not config.data:
-            write_photos(data, config.images, side=config.side)
+            shard_images = max(config.batch_size, config.images // _SHARDS)  # a batch is of one shard
+            write_photos(data, config.images, side=config.side, shard_images=shard_images)
         shards = list_shards(data)
         model, weights = saved_model(config, Path(home))
         encoder = load_model(config)
@@ -231,7 +240,8 @@ def measure_embedding_memory(config: BenchmarkConfig) -> str:
         connect()
         for times, one_shard in ((1, True), (4, True), (16, True), (4, False), (16, False)):
             data = files.join(home, f"photos-{times}-{one_shard}")
-            _write_scaled(data, times, config, one_shard=one_shard)
+            count = config.images * times
+            write_photos(data, count, side=config.side, shard_images=count if one_shard else config.images)
             size = sum(file.size_bytes for file in files.list_files(data)) / 1e6
             plan = make_plan(config, encoder, model, weights, files.join(home, f"store-{times}-{one_shard}"), data)
             with MemoryWatch() as watch:
@@ -247,16 +257,6 @@ def measure_embedding_memory(config: BenchmarkConfig) -> str:
     )
     head = f"| data | MB | images | {' | '.join(columns)} |"
     return "\n".join(["### Memory of embedding", "", notes, "", head, "|---" * (3 + len(columns)) + "|", *rows, ""])
-
-
-def _write_scaled(folder: str, times: int, config: BenchmarkConfig, *, one_shard: bool) -> None:
-    pictures = [_photo(number, config.side) for number in range(min(config.images, 200))]
-    count = config.images * times
-    shard_images = count if one_shard else config.images
-    for start in range(0, count, shard_images):
-        numbers = range(start, min(start + shard_images, count))
-        samples = ((f"photo{number:08d}", pictures[number % len(pictures)], "jpg", "a photo") for number in numbers)
-        write_tar_shard(files.join(folder, f"{start // shard_images:05d}.tar"), samples)
 
 
 def saved_model(config: BenchmarkConfig, home: Path) -> tuple[str, str | None]:

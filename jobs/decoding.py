@@ -16,7 +16,7 @@ from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import CirError, Reject
 from cir_core.shards import Sample, fetch_image
 
-DECODER_CPUS = 1.0  # decoding takes a core; fewer workers also means fewer imports
+DECODER_CPUS = 0.75  # so that on two cores both decode beside an encoder that waits for them
 ENCODER_CPUS = 0.5  # an encoder waits for its GPU, or takes what the decoders leave
 _DEATHS = 20  # of a decoding process, machines that go away included, before its rows are given up
 
