@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 import time
 from collections import Counter, deque
@@ -31,6 +30,7 @@ from cir_core.schema import Reject, UnreadableError
 from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
 from jobs.decoding import Decoded, Picture, decode_images
 from jobs.progress import Meter, StageMetrics
+from jobs.session import node_cpus
 
 UNITS_AT_ONCE = 2  # per encoder: the ends of one unit overlap with the middle of another
 _IN_FLIGHT = 3  # chunks being decoded per unit: enough to hide a decode behind an encode
@@ -160,7 +160,7 @@ class ShardEmbedder:
         self._setting_up, self._encoding = threading.Lock(), threading.Lock()
         self._sessions: dict[int, _Session] = {}
         if not plans[0].use_gpu:  # Ray gives an actor of half a core one thread
-            torch.set_num_threads(plans[0].encoder_threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(plans[0].encoder_threads or node_cpus())
 
     def _session(self, number: int) -> _Session:
         with self._setting_up:

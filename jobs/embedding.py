@@ -206,8 +206,6 @@ def _run(
             fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board),
         )
         dataset.context.target_max_block_size = 1  # each unit's row is told when it is there
-        quiet = dataset.context.issue_detectors_config.high_memory_detector_config
-        quiet.detection_time_interval_s = -1  # advises a change of this code where a model of some size is loaded
         known: dict[int, list[PartInfo]] = {}
         for row in dataset.iter_rows():
             told = json.loads(str(row["told"]))

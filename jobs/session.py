@@ -172,6 +172,8 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # so that a CirError of a worker arrives as one
+    memory_detector = context.issue_detectors_config.high_memory_detector_config
+    memory_detector.detection_time_interval_s = -1  # it advises a change of this code wherever a model is loaded
     _quiet_ray_data()
 
 
@@ -243,6 +245,16 @@ def check_resources(needed: dict[str, float], *, wait_s: float = 20.0) -> None:
                 "`ray job list` shows them; wait, stop one, or use fewer workers"
             )
         time.sleep(1.0)
+
+
+def node_cpus() -> int:
+    """Return how many CPUs the jobs of this process's node may use: Ray knows the limit of a container, a process does not."""
+    own = len(os.sched_getaffinity(0))
+    if not ray.is_initialized():
+        return own
+    here = ray.get_runtime_context().get_node_id()
+    offered = next(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, min(own, int(offered)))
 
 
 def _short(needed: dict[str, float], there: dict[str, float], word: str) -> str:

@@ -11,7 +11,6 @@ and shards uses it again, and a run that was killed embeds only what is missing.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec,
 from cir_core.encoders import EncoderDetails, load_encoder
 from cir_core.schema import CirError
 from cir_core.shards import Sample, ShardIndex, read_captions, shard_versions
-from jobs.session import retry_network_errors, say
+from jobs.session import node_cpus, retry_network_errors, say
 from jobs.storage import RunFolder, absolute
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class CaptionEmbedder:
         if not plan.use_gpu:
             import torch
 
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_actors))
+            torch.set_num_threads(max(1, node_cpus() // num_actors))
         self.plan, self.writer = plan, plan.writer()
         device = "cuda" if plan.use_gpu else "cpu"
         self.encoder = load_encoder(plan.model, plan.pretrained, device=device, precision=plan.precision)

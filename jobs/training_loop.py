@@ -8,7 +8,6 @@ files named by step, so that a step done again after a failure overwrites what t
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from contextlib import nullcontext
@@ -34,7 +33,7 @@ from cir_core.preprocessing import ImageError, preprocess_image
 from cir_core.schema import REJECT_SCHEMA, CirError
 from cir_core.tuning import StepResult, TextAnchoredTuner
 from jobs.progress import StageMetrics, UnitGauge
-from jobs.session import say
+from jobs.session import node_cpus, say
 from jobs.start_up import StartUp
 from jobs.storage import STATE
 from jobs.tracking import LiveMetrics
@@ -69,8 +68,7 @@ def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: s
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        torch.set_num_threads(max(1, node_cpus() // context.get_local_world_size()))
     torch.manual_seed(settings.tuning.seed)  # the adapter's start, the same on every rank
     encoder = load_encoder(settings.model, settings.pretrained, device=str(device), precision=settings.tuning.precision)
     report = attach_lora(encoder.model, **settings.lora)

@@ -369,6 +369,23 @@ def test_what_a_worker_raises_reaches_the_user_once(servers, tmp_path, where, wh
         assert done.stderr.splitlines()[-1].startswith("error: RuntimeError: disk full (traceback above)")
 
 
+CPUS = """
+import ray
+from jobs.session import node_cpus
+
+print(node_cpus())
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+print(ray.get(ray.remote(num_cpus=0)(node_cpus).remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_takes_no_more_cpus_than_ray_has_for_its_node():
+    """In a container with a limit the process sees all cores of the machine, and so many threads would be throttled."""
+    done = subprocess.run([sys.executable, "-c", CPUS], capture_output=True, text=True, timeout=200, check=True)
+    assert done.stdout.split() == [str(len(os.sched_getaffinity(0))), "1"]
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """A cluster of given resources, as Ray reports them."""
