@@ -87,6 +87,10 @@ class Sizing:
         ]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: must be above 0")
+        if not self.images:
+            raise ValueError("images: names no size of a catalogue, expected at least one")
+        if self.gpu_share > 1:
+            raise ValueError(f"gpu_share: must be a share, above 0 and at most 1, not {self.gpu_share}")
 
     @property
     def dim(self) -> int:

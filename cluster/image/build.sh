@@ -18,6 +18,8 @@ if [ -z "$tool" ]; then
   exit 2
 fi
 
+command -v "$tool" >/dev/null || { echo "error: IMAGE_TOOL is '$tool', which is not installed" >&2; exit 2; }
+
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 revision=$(git describe --always --dirty --abbrev=12 2>/dev/null || true)
 export DOCKER_BUILDKIT=1

@@ -57,6 +57,21 @@ def test_training_by_hand():
     assert found["steps"] == pytest.approx(3515.625)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"images": ()}, "images: names no size"),
+        ({"images": (0,)}, "images: must be above 0"),
+        ({"gpu_share": 1.5}, "gpu_share: must be a share, above 0 and at most 1"),
+        ({"hours": 0}, "hours: must be above 0"),
+        ({"model": "ViT"}, "model must be one of ViT-B-32"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        sizing.replace(ROUND, **wrong)
+
+
 def test_searching_by_hand():
     found = sizing.search(ROUND, 5_000_000)
     # 5e6 * 512 * 4 = 10.24 GB in 11 shares; 2 * 512 * 5e6 * 1000 = 5.12e12 FLOP, 5 core-seconds

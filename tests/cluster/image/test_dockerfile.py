@@ -164,3 +164,6 @@ def test_make_image_says_what_is_missing(root, tmp_path):
     done = subprocess.run(script, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "no docker, podman or buildah that works was found; install one, or set IMAGE_TOOL" in done.stderr
+    environment["IMAGE_TOOL"] = "podman"
+    done = subprocess.run(script, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: IMAGE_TOOL is 'podman', which is not installed\n")
