@@ -52,12 +52,16 @@ def steady(history: Sequence[Mapping[str, Any]], batch_size: int) -> Steady:
     """
     rows = history[_DROPPED_STEPS:-1]
     if len(history) < _FEWEST_STEPS:
-        raise CirError(
-            f"training_job: {len(history)} steps; a rate needs at least {_FEWEST_STEPS}: use more images or a smaller batch"
-        )
+        raise _too_few(len(history))
     seconds = [batch_size / row["samples_per_second"] for row in rows]
     waited = sum(row["data_wait_share"] * spent for row, spent in zip(rows, seconds, strict=True))
     return Steady(len(rows) * batch_size / sum(seconds), waited / sum(seconds))
+
+
+def _too_few(num_steps: int) -> CirError:
+    return CirError(
+        f"training_job: {num_steps} steps; a rate needs at least {_FEWEST_STEPS}: use more images or a smaller batch"
+    )
 
 
 def run_job(
@@ -116,6 +120,8 @@ def measure_training_job(config: BenchmarkConfig) -> Measured:
     from jobs.benchmark_rivals import make_tuner
     from jobs.benchmark_training import set_up
 
+    if not config.data and config.images < _FEWEST_STEPS * config.batch_size:
+        raise _too_few(config.images // config.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         data = config.data or files.join(folder, "photos")

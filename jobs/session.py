@@ -148,7 +148,11 @@ def connect() -> None:
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    variables = {key: os.environ[key] for key in _ENVIRONMENT}
     address = _running_cluster()
+    if address is None:  # its workers know no address, and would ask whatever other cluster runs on this machine
+        port = _free_port()
+        os.environ["RAY_GCS_SERVER_PORT"], variables["RAY_ADDRESS"] = port, f"127.0.0.1:{port}"
     if "RAY_ADDRESS" not in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster's own choice stands
     if address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
@@ -160,7 +164,7 @@ def connect() -> None:
         ray.init(
             logging_level=logging.WARNING,
             log_to_driver=True,
-            runtime_env={"env_vars": {key: os.environ[key] for key in _ENVIRONMENT}},
+            runtime_env={"env_vars": variables},
             ignore_reinit_error=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -168,6 +172,8 @@ def connect() -> None:
             f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}; "
             "start one with `make up`, or check RAY_ADDRESS"
         ) from None
+    finally:
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
     _stop_on_sigterm()  # ray.init replaces the handler by one that leaves with exit code 15
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -202,6 +208,12 @@ def _knock(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" not in address and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def _quiet_ray_data() -> None:

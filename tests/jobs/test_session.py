@@ -369,6 +369,33 @@ def test_what_a_worker_raises_reaches_the_user_once(servers, tmp_path, where, wh
         assert done.stderr.splitlines()[-1].startswith("error: RuntimeError: disk full (traceback above)")
 
 
+ALONE = """
+import ray
+import ray.util.state
+
+from jobs import session
+
+session.connect()
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def state(self):
+        return ray.util.state.get_actor(ray.get_runtime_context().get_actor_id()).state  # as Ray Train's own actors ask
+
+print(ray.get(Actor.remote().state.remote()))
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_is_not_mistaken_for_another_one_that_runs(servers):
+    """`python jobs/...` beside `make up`: Ray Train's actors failed, as they found two clusters."""
+    environment = servers.environment()
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "ALIVE\n"), done.stderr
+
+
 CPUS = """
 import ray
 from jobs.session import node_cpus
