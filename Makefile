@@ -1,7 +1,7 @@
 # make demo   install, start Ray and MLflow on loopback, run both jobs: minutes on a laptop
 # make test   the tests that CI runs        make check  format, lint, types, import contracts
 # make test-fast                            the part without servers: minutes
-# make test-long                            what CI has no time for: more kills, more real annotations, other examples
+# make test-long                            what CI has no time for: more kills, a partition, autoscaling, other examples
 # make chaos                                the fault campaign: at least 100 faults, half an hour or more
 # make up / make down                       start the two servers / stop exactly what was started here
 # make s3                                   start an S3 server on loopback, print what to export

@@ -1,0 +1,325 @@
+"""A Ray cluster of several machines on one: each node has its own address, ports, processes and shared memory.
+
+    python cluster/local/network.py up --workers 3    # head, workers and MLflow; prints what to export
+    python cluster/local/network.py kill worker-1     # SIGKILL for all of it: a lost machine
+    python cluster/local/network.py cut worker-2      # a partition: nothing goes in or out; the head gives it up in 65 s
+    python cluster/local/network.py heal worker-2
+    python cluster/local/network.py status            # which nodes the head holds to be alive
+    python cluster/local/network.py down
+
+A node is a network and process namespace on a bridge, which takes Linux and root. It gets what the manifests in
+cluster/kubernetes/base give a pod, and nothing else of this shell: the environment of settings.yaml, ports, labels, the
+cluster's token; and what network_policies.yaml lets through: nodes to nodes, nodes to MLflow, this machine to the
+dashboard's port of the head and to nothing else. Different from a pod: processes are root, storage is a folder that all
+nodes see, and the object store is small.
+
+The run folder is `network` in CIR_RUN_DIR (.run); the token is there, readable for its owner alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from processes import (
+    BIN,
+    ROOT,
+    Record,
+    StartError,
+    alive,
+    finish_start,
+    kill_now,
+    load_state,
+    locked,
+    run_dir,
+    save_state,
+    start,
+    stop,
+)
+
+NETWORK = ipaddress.ip_network("10.231.7.0/24")
+GCS, DASHBOARD, METRICS, AGENT, MLFLOW = 6379, 8265, 8080, 52365, 5000  # as in the manifests
+_MANIFESTS = ROOT / "cluster" / "kubernetes" / "base"
+_BRIDGE = "cir-br"
+_HERE = str(NETWORK[1])  # this machine, on the bridge
+_HEAD = str(NETWORK[10])
+_OBJECT_STORE_BYTES = 300_000_000
+_MOST_WORKERS = 200
+# What a container has of its own. The arguments are the command.
+_IN_NODE = 'mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+
+
+def _do(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if check and done.returncode:
+        raise StartError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done
+
+
+def _namespace(name: str) -> str:
+    return f"cir-{name}"
+
+
+def _in(name: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return _do("ip", "netns", "exec", _namespace(name), *command, check=check)
+
+
+def _address(name: str) -> str:
+    """Return the address of "head" or "worker-N"."""
+    return _HEAD if name == "head" else str(NETWORK[10 + int(name.rpartition("-")[2])])
+
+
+def _plug_in(name: str) -> None:
+    """Make a node's network: an address on the bridge, and the packets that the network policies let through."""
+    _pull_out(name)
+    outer = f"cir-{_address(name).rpartition('.')[2]}"
+    _do("ip", "netns", "add", _namespace(name))
+    _do("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", _namespace(name))
+    _do("ip", "link", "set", outer, "master", _BRIDGE, "up")
+    _in(name, "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", check=False)  # the rules below are of IPv4
+    _in(name, "ip", "link", "set", "lo", "up")
+    _in(name, "ip", "address", "add", f"{_address(name)}/{NETWORK.prefixlen}", "dev", "eth0")
+    _in(name, "ip", "link", "set", "eth0", "up")
+    nodes = f"{_HEAD}-{NETWORK[10 + _MOST_WORKERS]}"
+    for chain, whose in (("INPUT", "src"), ("OUTPUT", "dst")):
+        _in(name, "iptables", "-P", chain, "DROP")
+        loopback = ("-i", "lo") if chain == "INPUT" else ("-o", "lo")
+        _in(name, "iptables", "-A", chain, *loopback, "-j", "ACCEPT")
+        _in(name, "iptables", "-A", chain, "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT")
+        _in(name, "iptables", "-A", chain, "-m", "iprange", f"--{whose}-range", nodes, "-j", "ACCEPT")
+    _in(name, "iptables", "-A", "OUTPUT", "-d", _HERE, "-p", "tcp", "--dport", str(MLFLOW), "-j", "ACCEPT")
+    if name == "head":
+        _in(name, "iptables", "-A", "INPUT", "-s", _HERE, "-p", "tcp", "--dport", str(DASHBOARD), "-j", "ACCEPT")
+
+
+def _pull_out(name: str) -> None:
+    _do("ip", "netns", "delete", _namespace(name), check=False)  # its end of the cable goes with it
+    _do("ip", "link", "delete", f"cir-{_address(name).rpartition('.')[2]}", check=False)
+
+
+def pod_environment(storage: str, token: str) -> dict[str, str]:
+    """Return the variables that a container gets by the manifests and by KubeRay, with this machine's MLflow and storage."""
+    found: dict[str, str] = {}
+    for document in yaml.safe_load_all((_MANIFESTS / "settings.yaml").read_text()):
+        if document["metadata"]["name"] == "settings":
+            found |= document["data"]
+    found["MLFLOW_TRACKING_URI"] = f"http://{_HERE}:{MLFLOW}"
+    for key in found:
+        if key.endswith("_STORAGE_PATH"):
+            found[key] = storage
+    return found | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+def pod_arguments(group: str, num_cpus: float) -> list[str]:
+    """Return the arguments of `ray start` of a group of the RayCluster ("head", "decode"), as KubeRay makes them."""
+    spec = yaml.safe_load((_MANIFESTS / "raycluster" / "raycluster.yaml").read_text())["spec"]
+    if group == "head":
+        found = spec["headGroupSpec"]
+    else:
+        (found,) = (item for item in spec["workerGroupSpecs"] if item["groupName"] == group)
+    parameters = {"num-cpus": f"{num_cpus:g}", **found["rayStartParams"]}
+    parameters |= {"object-store-memory": str(_OBJECT_STORE_BYTES), "metrics-export-port": str(METRICS)}
+    parameters["dashboard-agent-listen-port"] = str(AGENT)
+    if found.get("labels"):
+        parameters["labels"] = ",".join(f"{key}={value}" for key, value in found["labels"].items())
+    return [f"--{key}={value}" for key, value in parameters.items()]
+
+
+def start_node(
+    state: dict[str, Record], name: str, environment: Mapping[str, str], num_cpus: float, *more: str
+) -> None:
+    """Start "head" or "worker-N", wait until the head lists it, record it in `state`. more: arguments for `ray start`."""
+    _plug_in(name)
+    address = _address(name)
+    if name == "head":
+        own = ["--head", f"--port={GCS}", "--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}"]
+        variables = {**environment, "RAY_ADDRESS": f"127.0.0.1:{GCS}"}
+    else:
+        own, variables = [f"--address={_HEAD}:{GCS}"], {**environment, "RAY_ADDRESS": f"{_HEAD}:{GCS}"}
+    group = "head" if name == "head" else "decode"
+    command = [
+        "ip", "netns", "exec", _namespace(name),
+        "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+        "sh", "-c", _IN_NODE, "node",
+        str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *own, *pod_arguments(group, num_cpus), *more,
+    ]  # fmt: skip
+    nothing_else: dict[str, str | None] = dict.fromkeys(os.environ)
+    url = f"http://{_HEAD}:{DASHBOARD}"
+    start(state, name, command, {**nothing_else, **variables}, {"url": url, "kill": True}, ready=url)
+    finish_start(state, name, lambda: address in alive_addresses(environment["RAY_AUTH_TOKEN"]))
+
+
+def _start_mlflow(state: dict[str, Record]) -> None:
+    home = run_dir() / "mlflow"
+    home.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", _HERE, "--port", str(MLFLOW), "--workers", "1",
+        "--allowed-hosts", f"{_HERE}:{MLFLOW}",
+        "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "artifacts"),
+    ]  # fmt: skip
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    url = f"http://{_HERE}:{MLFLOW}"
+    start(state, "mlflow", command, environment, {"url": url}, ready=f"{url}/health")
+    finish_start(state, "mlflow")
+
+
+def alive_addresses(token: str) -> set[str]:
+    """Return the addresses of the nodes that the head holds to be alive; none while it does not answer."""
+    query = "limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    request = urllib.request.Request(
+        f"http://{_HEAD}:{DASHBOARD}/api/v0/nodes?{query}", headers={"Authorization": f"Bearer {token}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310
+            return {node["node_ip"] for node in json.loads(reply.read())["data"]["result"]["result"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def token_file() -> Path:
+    """Return where the cluster's token is."""
+    return run_dir() / "token"
+
+
+def _token() -> str:
+    path = token_file()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    return path.read_text()
+
+
+def start_around(state: dict[str, Record]) -> dict[str, str]:
+    """Make the bridge and start MLflow, if they are not there; return the environment of nodes."""
+    if _do("ip", "link", "show", _BRIDGE, check=False).returncode:
+        _do("ip", "link", "add", _BRIDGE, "type", "bridge")
+        _do("ip", "address", "add", f"{_HERE}/{NETWORK.prefixlen}", "dev", _BRIDGE)
+        _do("ip", "link", "set", _BRIDGE, "up")
+    if "mlflow" not in state:
+        print("starting the MLflow server", flush=True)
+        _start_mlflow(state)
+    return pod_environment(str(run_dir() / "storage"), _token())
+
+
+def up(*, workers: int, num_cpus: float) -> dict[str, Record]:
+    """Start what is not running: the bridge, MLflow, the head, workers; return the record of them."""
+    with locked():
+        state = load_state()
+        joined = alive_addresses(_token())
+        for name, record in list(state.items()):  # also nodes that were cut off, and all of them without a head
+            if alive(record) is None or (name != "mlflow" and _address(name) not in joined):
+                _forget(state, name)
+        environment = start_around(state)
+        for name in ["head", *(f"worker-{number}" for number in range(1, workers + 1))]:
+            if name not in state:
+                print(f"starting {name} at {_address(name)}", flush=True)
+                start_node(state, name, environment, num_cpus)
+        return state
+
+
+def _forget(state: dict[str, Record], name: str) -> None:
+    stop(name, state.pop(name))
+    if name != "mlflow":
+        _pull_out(name)
+    save_state(state)
+
+
+def down() -> None:
+    """Stop everything, the workers first, and take the network away. Storage and MLflow's data stay."""
+    with locked():
+        state = load_state()
+        for name in reversed(list(state)):
+            _forget(state, name)
+        _do("ip", "link", "delete", _BRIDGE, check=False)
+        token_file().unlink(missing_ok=True)
+
+
+def kill(name: str) -> None:
+    """End every process of a node at once, as when its machine is lost."""
+    print(f"killed {kill_now(_known(name))} processes of {name}", flush=True)
+
+
+def cut(name: str) -> None:
+    """Let no packet in or out of a node; its processes live on and know nothing."""
+    _known(name)
+    for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
+        _in(name, "iptables", "-I", chain, "1", way, "eth0", "-j", "DROP")
+
+
+def heal(name: str) -> None:
+    """Undo `cut`."""
+    _known(name)
+    for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
+        _in(name, "iptables", "-D", chain, way, "eth0", "-j", "DROP")
+
+
+def _known(name: str) -> Record:
+    state = load_state()
+    if name not in state or name == "mlflow":
+        nodes = ", ".join(item for item in state if item != "mlflow") or "none; `network.py up` starts some"
+        raise StartError(f"{name} is no node; running: {nodes}")
+    return state[name]
+
+
+def _use_own_folder() -> None:
+    os.environ["CIR_RUN_DIR"] = str(run_dir() / "network")
+
+
+def _check_machine() -> None:
+    missing = [tool for tool in ("ip", "iptables", "unshare", "mount") if shutil.which(tool) is None]
+    if missing:
+        raise StartError(f"not installed: {', '.join(missing)} (Debian: iproute2, iptables, util-linux, mount)")
+    if os.geteuid() != 0:
+        raise StartError("namespaces and a bridge take root: sudo, or a container with --privileged")
+
+
+def main() -> int:
+    """Run one command; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    starting = commands.add_parser("up")
+    starting.add_argument("--workers", type=int, default=3)
+    starting.add_argument("--num-cpus", type=float, default=2, help="logical CPUs of each worker")
+    for name in ("kill", "cut", "heal"):
+        commands.add_parser(name).add_argument("node")
+    commands.add_parser("status")
+    commands.add_parser("down")
+    options: Any = parser.parse_args()
+    _use_own_folder()
+    try:
+        _check_machine()
+        if options.command == "up":
+            if not 1 <= options.workers <= _MOST_WORKERS or options.num_cpus <= 0:
+                raise StartError(f"--workers must be from 1 to {_MOST_WORKERS}, --num-cpus above 0")
+            up(workers=options.workers, num_cpus=options.num_cpus)
+            print(f"MLflow  http://{_HERE}:{MLFLOW}")
+            print(f"export RAY_API_SERVER_ADDRESS=http://{_HEAD}:{DASHBOARD} RAY_AUTH_MODE=token")
+            print(f'export RAY_AUTH_TOKEN="$(cat {token_file()})"')
+        elif options.command == "down":
+            down()
+        elif options.command == "status":
+            for name in load_state():
+                if name != "mlflow":
+                    print(name, _address(name), "alive" if _address(name) in alive_addresses(_token()) else "not alive")
+        else:
+            {"kill": kill, "cut": cut, "heal": heal}[options.command](options.node)
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Ray's autoscaler (v2) with machines that are processes: jobs make a cluster of none grow, and it shrinks again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import network
+import processes
+import pytest
+import requests
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+from cir_core.embedding_store import EmbeddingStore
+from cir_core.scenes import write_pairs
+
+URL = "http://10.231.7.10:8265"
+MOST = 3
+CONFIG = {
+    "cluster_name": "test",
+    "max_workers": MOST,
+    "idle_timeout_minutes": 0.2,
+    "provider": {
+        "type": "external",  # the wheel lacks the defaults of "fake_multinode"
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "launch_multiple": True,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+        "gcs_address": "10.231.7.10:6379",
+    },
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "decode": {
+            "resources": {"CPU": 2, "object_store_memory": 200_000_000},
+            "labels": {"slerp-tat/pool": "decode"},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": MOST,
+        },
+    },
+}
+NOTHING = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands",
+           "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")  # fmt: skip
+CONFIG |= {key: [] for key in NOTHING} | {"auth": {}, "file_mounts": {}, "upscaling_speed": 1.0}
+VARIABLES = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("iptables") is None, reason="needs root and iptables"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """A head with the autoscaler and no worker is up; the run folder."""
+    run_dir = tmp_path_factory.mktemp("autoscaling")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIR_RUN_DIR", str(run_dir))
+        (run_dir / "autoscaling.json").write_text(json.dumps(CONFIG))
+        state = processes.load_state()
+        try:
+            environment = network.start_around(state) | VARIABLES
+            network.start_node(state, "head", environment, 0, f"--autoscaling-config={run_dir / 'autoscaling.json'}")
+            yield run_dir
+        finally:
+            network.down()
+
+
+def alive(kind: str) -> list[dict[str, Any]]:
+    """Return what the head holds to be alive: "nodes" or "actors"."""
+    query = "limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    token = {"Authorization": f"Bearer {network.token_file().read_text()}"}
+    reply = requests.get(f"{URL}/api/v0/{kind}?{query}", headers=token, timeout=30).json()
+    return list(reply["data"]["result"]["result"])
+
+
+def workers() -> int:
+    return sum(not node["is_head_node"] for node in alive("nodes"))
+
+
+def actors(name: str) -> int:
+    return sum(name in actor["class_name"] for actor in alive("actors"))
+
+
+def follow(folder: Path, actor: str, *entrypoint: str) -> tuple[list[int], int]:
+    """Submit a job; return the number of workers each time it changed, and the most actors of a name at once."""
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": network.token_file().read_text()}
+    line = [str(processes.BIN / "ray"), "job", "submit", "--address", URL, "--", "python", *entrypoint]
+    path = folder / f"{time.monotonic_ns()}.log"
+    counts, most = [workers()], 0
+    with path.open("w") as log:
+        job = subprocess.Popen(line, env={**os.environ, **own}, stdout=log, stderr=log)
+        deadline = time.monotonic() + 900
+        while job.poll() is None and time.monotonic() < deadline:
+            now, most = workers(), max(most, actors(actor))
+            counts += [now] if now != counts[-1] else []
+            time.sleep(1)
+        job.kill()
+    said = path.read_text()
+    assert job.returncode == 0, said[-4000:]
+    assert "the cluster has to grow" in said
+    print(counts, most, actor)
+    return counts, most
+
+
+def until_none_is_left(seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while workers():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+def test_embedding_grows_a_cluster_of_no_workers_to_its_most_and_lets_them_go(folder, tmp_path):
+    write_pairs(str(tmp_path), 3000, shard_rows=100)
+    store = str(folder / "store")
+    embed = ["jobs/embed.py", "--data", str(tmp_path), "--batch_size", "50", "--num_encoders", str(MOST)]
+    counts, encoders = follow(folder, "ShardEmbedder", *embed, "--output", store)
+    assert (counts[0], max(counts), encoders) == (0, MOST, MOST)
+    assert EmbeddingStore.open(store).num_rows == 3000
+    until_none_is_left()
+
+
+def test_elastic_training_takes_the_workers_that_come(folder, tmp_path):
+    write_pairs(str(tmp_path), 3000, shard_rows=100)
+    train = ["jobs/tat_train.py", "--data", str(tmp_path), "--global_batch_size", "100", "--num_workers", f"[1,{MOST}]"]
+    counts, trainers = follow(folder, "RayTrainWorker", *train, "--cpus_per_worker", "1", "--name", "elastic")
+    assert (counts[0], max(counts)) == (0, MOST)
+    assert trainers > 1
+    until_none_is_left()
