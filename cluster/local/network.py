@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import os
 import secrets
 import shutil
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from processes import (
     start,
     stop,
 )
+from ray_nodes import listed
 
 NETWORK = ipaddress.ip_network("10.231.7.0/24")
 GCS, DASHBOARD, METRICS, AGENT, MLFLOW = 6379, 8265, 8080, 52365, 5000  # as in the manifests
@@ -54,6 +53,7 @@ _MANIFESTS = ROOT / "cluster" / "kubernetes" / "base"
 _BRIDGE = "cir-br"
 _HERE = str(NETWORK[1])  # this machine, on the bridge
 _HEAD = str(NETWORK[10])
+URL = f"http://{_HEAD}:{DASHBOARD}"
 _OBJECT_STORE_BYTES = 300_000_000
 _MOST_WORKERS = 200
 # What a container has of its own. The arguments are the command.
@@ -155,9 +155,12 @@ def start_node(
         str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *own, *pod_arguments(group, num_cpus), *more,
     ]  # fmt: skip
     nothing_else: dict[str, str | None] = dict.fromkeys(os.environ)
-    url = f"http://{_HEAD}:{DASHBOARD}"
-    start(state, name, command, {**nothing_else, **variables}, {"url": url, "kill": True}, ready=url)
-    finish_start(state, name, lambda: address in alive_addresses(environment["RAY_AUTH_TOKEN"]))
+    try:
+        start(state, name, command, {**nothing_else, **variables}, {"url": URL, "kill": True}, ready=URL)
+        finish_start(state, name, lambda: address in alive_addresses())
+    except BaseException:
+        _pull_out(name)  # it is not recorded, so `down` would not
+        raise
 
 
 def _start_mlflow(state: dict[str, Record]) -> None:
@@ -174,17 +177,10 @@ def _start_mlflow(state: dict[str, Record]) -> None:
     finish_start(state, "mlflow")
 
 
-def alive_addresses(token: str) -> set[str]:
+def alive_addresses() -> set[str]:
     """Return the addresses of the nodes that the head holds to be alive; none while it does not answer."""
-    query = "limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
-    request = urllib.request.Request(
-        f"http://{_HEAD}:{DASHBOARD}/api/v0/nodes?{query}", headers={"Authorization": f"Bearer {token}"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310
-            return {node["node_ip"] for node in json.loads(reply.read())["data"]["result"]["result"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
+    token = token_file().read_text() if token_file().exists() else ""
+    return {node["node_ip"] for node in listed(URL, token=token)}
 
 
 def token_file() -> Path:
@@ -217,7 +213,7 @@ def up(*, workers: int, num_cpus: float) -> dict[str, Record]:
     """Start what is not running: the bridge, MLflow, the head, workers; return the record of them."""
     with locked():
         state = load_state()
-        joined = alive_addresses(_token())
+        joined = alive_addresses()
         for name, record in list(state.items()):  # also nodes that were cut off, and all of them without a head
             if alive(record) is None or (name != "mlflow" and _address(name) not in joined):
                 _forget(state, name)
@@ -253,16 +249,22 @@ def kill(name: str) -> None:
 
 def cut(name: str) -> None:
     """Let no packet in or out of a node; its processes live on and know nothing."""
-    _known(name)
-    for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
-        _in(name, "iptables", "-I", chain, "1", way, "eth0", "-j", "DROP")
+    _wall(name, "-I")
 
 
 def heal(name: str) -> None:
     """Undo `cut`."""
+    _wall(name, "-D")
+
+
+def _wall(name: str, change: str) -> None:
+    """Put a rule before the others that drops every packet (-I), or take it away (-D); once is enough."""
     _known(name)
     for chain, way in (("INPUT", "-i"), ("OUTPUT", "-o")):
-        _in(name, "iptables", "-D", chain, way, "eth0", "-j", "DROP")
+        rule = (chain, way, "eth0", "-j", "DROP")
+        stands = _in(name, "iptables", "-C", *rule, check=False).returncode == 0
+        if stands == (change == "-D"):
+            _in(name, "iptables", change, *rule)
 
 
 def _known(name: str) -> Record:
@@ -271,10 +273,6 @@ def _known(name: str) -> Record:
         nodes = ", ".join(item for item in state if item != "mlflow") or "none; `network.py up` starts some"
         raise StartError(f"{name} is no node; running: {nodes}")
     return state[name]
-
-
-def _use_own_folder() -> None:
-    os.environ["CIR_RUN_DIR"] = str(run_dir() / "network")
 
 
 def _check_machine() -> None:
@@ -297,7 +295,7 @@ def main() -> int:
     commands.add_parser("status")
     commands.add_parser("down")
     options: Any = parser.parse_args()
-    _use_own_folder()
+    os.environ["CIR_RUN_DIR"] = str(run_dir() / "network")
     try:
         _check_machine()
         if options.command == "up":
@@ -305,14 +303,16 @@ def main() -> int:
                 raise StartError(f"--workers must be from 1 to {_MOST_WORKERS}, --num-cpus above 0")
             up(workers=options.workers, num_cpus=options.num_cpus)
             print(f"MLflow  http://{_HERE}:{MLFLOW}")
-            print(f"export RAY_API_SERVER_ADDRESS=http://{_HEAD}:{DASHBOARD} RAY_AUTH_MODE=token")
+            print(f"export RAY_API_SERVER_ADDRESS={URL} RAY_AUTH_MODE=token")
             print(f'export RAY_AUTH_TOKEN="$(cat {token_file()})"')
         elif options.command == "down":
             down()
         elif options.command == "status":
-            for name in load_state():
-                if name != "mlflow":
-                    print(name, _address(name), "alive" if _address(name) in alive_addresses(_token()) else "not alive")
+            nodes, joined = [name for name in load_state() if name != "mlflow"], alive_addresses()
+            for name in nodes:
+                print(name, _address(name), "alive" if _address(name) in joined else "not alive")
+            if not nodes:
+                print("no node is running; `network.py up` starts some")
         else:
             {"kill": kill, "cut": cut, "heal": heal}[options.command](options.node)
     except StartError as error:

@@ -118,18 +118,20 @@ def start_node(
 
 def alive_nodes(head: Mapping[str, Any]) -> set[str]:
     """Return the labels (record "label") of the nodes started here that the head holds to be alive."""
-    return {node["labels"][_NODE_LABEL] for node in _listed_nodes(head["url"]) if _NODE_LABEL in (node["labels"] or {})}
+    return {node["labels"][_NODE_LABEL] for node in listed(head["url"]) if _NODE_LABEL in (node["labels"] or {})}
 
 
 def _has_joined(dashboard: str) -> bool:
-    return bool(_listed_nodes(dashboard))
+    return bool(listed(dashboard))
 
 
-def _listed_nodes(dashboard: str) -> list[Record]:
-    """Return the nodes that the head holds to be alive; none while it does not answer."""
-    url = f"{dashboard}/api/v0/nodes?limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+def listed(dashboard: str, kind: str = "nodes", *, token: str = "") -> list[Record]:
+    """Return what the head holds to be alive, "nodes" or "actors"; nothing while it does not answer."""
+    query = "limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{dashboard}/api/v0/{kind}?{query}", headers=headers)  # noqa: S310 - our own http://
     try:
-        with urllib.request.urlopen(url, timeout=10) as reply:  # noqa: S310 - our own http:// address
+        with urllib.request.urlopen(request, timeout=10) as reply:  # noqa: S310
             return list(json.loads(reply.read())["data"]["result"]["result"])
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return []

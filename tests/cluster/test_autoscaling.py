@@ -14,13 +14,12 @@ from typing import Any
 import network
 import processes
 import pytest
-import requests
+import ray_nodes
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.scenes import write_pairs
 
-URL = "http://10.231.7.10:8265"
 MOST = 3
 CONFIG = {
     "cluster_name": "test",
@@ -83,14 +82,6 @@ def folder(tmp_path_factory) -> Iterator[Path]:
             network.down()
 
 
-def alive(kind: str) -> list[dict[str, Any]]:
-    """Return what the head holds to be alive: "nodes" or "actors"."""
-    query = "limit=1000&detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
-    token = {"Authorization": f"Bearer {network.token_file().read_text()}"}
-    reply = requests.get(f"{URL}/api/v0/{kind}?{query}", headers=token, timeout=30).json()
-    return list(reply["data"]["result"]["result"])
-
-
 def workers() -> int:
     return sum(not node["is_head_node"] for node in alive("nodes"))
 
@@ -99,10 +90,14 @@ def actors(name: str) -> int:
     return sum(name in actor["class_name"] for actor in alive("actors"))
 
 
+def alive(kind: str) -> list[dict[str, Any]]:
+    return ray_nodes.listed(network.URL, kind, token=network.token_file().read_text())
+
+
 def follow(folder: Path, actor: str, *entrypoint: str) -> tuple[list[int], int]:
     """Submit a job; return the number of workers each time it changed, and the most actors of a name at once."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": network.token_file().read_text()}
-    line = [str(processes.BIN / "ray"), "job", "submit", "--address", URL, "--", "python", *entrypoint]
+    line = [str(processes.BIN / "ray"), "job", "submit", "--address", network.URL, "--", "python", *entrypoint]
     path = folder / f"{time.monotonic_ns()}.log"
     counts, most = [workers()], 0
     with path.open("w") as log:

@@ -22,7 +22,6 @@ from cir_core.embedding_store import EmbeddingStore
 from cir_core.scenes import write_pairs
 
 SCRIPT = Path(network.__file__)
-URL = "http://10.231.7.10:8265"
 NUM_PAIRS = 4800
 
 pytestmark = [
@@ -33,8 +32,12 @@ pytestmark = [
 ]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=500)
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of network.py, whose run folder is in `folder`."""
+    own = {**os.environ, "CIR_RUN_DIR": str(folder)}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], env=own, capture_output=True, text=True, timeout=500
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,38 +45,32 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     """Three workers are up; the run folder. All that was made is gone afterwards."""
     run_dir = tmp_path_factory.mktemp("network")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CIR_RUN_DIR", str(run_dir))
-        done = command("up", "--workers", "3")
         patch.setenv("CIR_RUN_DIR", str(run_dir / "network"))  # as the command sets it for itself
         try:
+            done = command(run_dir, "up", "--workers", "3")
             assert done.returncode == 0, done.stderr
             yield run_dir
         finally:
-            patch.setenv("CIR_RUN_DIR", str(run_dir))
-            print(command("down").stdout)
+            print(command(run_dir, "down").stdout)
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     assert "cir-" not in left.stdout
     running = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"]]
     assert [process for process in running if "cir-worker" in " ".join(process.info["cmdline"])] == []
 
 
-def submit(folder: Path, *entrypoint: str) -> subprocess.Popen[str]:
-    """Submit a job as a person outside the cluster does, and follow its log."""
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": network.token_file().read_text()}
-    line = [str(processes.BIN / "ray"), "job", "submit", "--address", URL, "--", "python", *entrypoint]
-    log = (folder / f"{time.monotonic_ns()}.log").open("w+")
-    return subprocess.Popen(line, env={**os.environ, **own}, stdout=log, stderr=log, text=True)
-
-
 def finished(folder: Path, *entrypoint: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-    job = submit(folder, *entrypoint)
-    try:
-        meanwhile()
-        code = job.wait(timeout=800)
-    finally:
-        job.kill()
-    said = max(folder.glob("*.log"), key=lambda path: path.stat().st_mtime).read_text()
-    assert code == 0, said[-4000:]
+    """Submit a job as a person outside the cluster does, and wait for its end."""
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": network.token_file().read_text()}
+    line = [str(processes.BIN / "ray"), "job", "submit", "--address", network.URL, "--", "python", *entrypoint]
+    path = folder / f"{time.monotonic_ns()}.log"
+    with path.open("w") as log:
+        job = subprocess.Popen(line, env={**os.environ, **own}, stdout=log, stderr=log)
+        try:
+            meanwhile()
+            code = job.wait(timeout=800)
+        finally:
+            job.kill()
+    assert code == 0, path.read_text()[-4000:]
 
 
 def busy(title: str) -> str:
@@ -93,7 +90,7 @@ def busy(title: str) -> str:
 
 
 def alive() -> set[str]:
-    found = network.alive_addresses(network.token_file().read_text())
+    found = network.alive_addresses()
     return {f"worker-{int(address.rpartition('.')[2]) - 10}" for address in found} - {"worker-0"}
 
 
@@ -105,17 +102,27 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def test_only_the_jobs_api_can_be_reached_and_only_with_the_token(folder):
-    assert requests.get(f"{URL}/api/jobs/", timeout=10).status_code == 401
+    assert requests.get(f"{network.URL}/api/jobs/", timeout=10).status_code == 401
     wrong = {"Authorization": "Bearer " + "0" * 64}
-    assert requests.get(f"{URL}/api/jobs/", headers=wrong, timeout=10).status_code in (401, 403)
+    assert requests.get(f"{network.URL}/api/jobs/", headers=wrong, timeout=10).status_code in (401, 403)
     right = {"Authorization": f"Bearer {network.token_file().read_text()}"}
-    assert requests.get(f"{URL}/api/jobs/", headers=right, timeout=10).status_code == 200
+    assert requests.get(f"{network.URL}/api/jobs/", headers=right, timeout=10).status_code == 200
     assert network.token_file().stat().st_mode & 0o777 == 0o600
     for host, port in [("10.231.7.10", 6379), ("10.231.7.10", 8080), ("10.231.7.11", 8080), ("10.231.7.11", 52365)]:
         with pytest.raises(OSError, match="timed out"):
             socket.create_connection((host, port), timeout=2)
     head = processes.family(processes.load_state()["head"])
-    assert all("RAY_AUTH_TOKEN" not in " ".join(process.cmdline()) for process in head)
+    token = network.token_file().read_text()
+    assert all(token not in " ".join(process.cmdline()) for process in head)
+
+
+def test_a_partition_is_one_however_often_it_is_cut_and_ends_with_one_heal(folder):
+    knock = "import socket; socket.create_connection(('10.231.7.10', 6379), timeout=2)"
+    for change in ("cut", "cut", "heal", "heal"):
+        assert command(folder, change, "worker-3").returncode == 0
+        line = ["ip", "netns", "exec", "cir-worker-3", sys.executable, "-c", knock]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        assert (done.returncode == 0) == (change == "heal"), done.stderr
 
 
 def test_a_job_survives_a_lost_node_and_one_that_is_cut_off(folder, tmp_path_factory):
@@ -130,9 +137,9 @@ def test_a_job_survives_a_lost_node_and_one_that_is_cut_off(folder, tmp_path_fac
     def break_things() -> None:
         wait_until(lambda: parts.exists() and any(parts.iterdir()), 300)
         lost = busy("ray::MapWorker(MapBatches(ShardEmbedder))")
-        assert command_in(folder, "kill", lost).returncode == 0
+        assert command(folder, "kill", lost).returncode == 0
         gone = busy("ray::MapWorker(MapBatches(ShardEmbedder))")
-        assert command_in(folder, "cut", gone).returncode == 0
+        assert command(folder, "cut", gone).returncode == 0
         assert not (folder / "faults" / "manifest.json").exists()
         wait_until(lambda: alive() == {"worker-1", "worker-2", "worker-3"} - {lost, gone}, 200)
 
@@ -141,21 +148,15 @@ def test_a_job_survives_a_lost_node_and_one_that_is_cut_off(folder, tmp_path_fac
     assert faults.num_rows == NUM_PAIRS
     assert [part.sha256 for part in faults.parts] == [part.sha256 for part in whole.parts]
 
-    assert command_in(folder, "up", "--workers", "3").returncode == 0  # a new machine for each
+    assert command(folder, "up", "--workers", "3").returncode == 0  # a new machine for each
     wait_until(lambda: len(alive()) == 3, 200)
 
     def cut_off_training() -> None:
         checkpoints = folder / "network" / "storage" / "tat_train" / "faults"
         wait_until(lambda: any(checkpoints.glob("**/checkpoint_*")), 400)
-        command_in(folder, "cut", busy("ray::RayTrainWorker"))
+        command(folder, "cut", busy("ray::RayTrainWorker"))
 
     finished(folder, *train, "--name", "faults", meanwhile=cut_off_training)
     runs = folder / "network" / "storage" / "tat_train"
     first, second = (runs / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "faults"))
     assert hashlib.sha256(second.read_bytes()).digest() == hashlib.sha256(first.read_bytes()).digest()
-
-
-def command_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    own = {"CIR_RUN_DIR": str(folder)}
-    line = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(line, env={**os.environ, **own}, capture_output=True, text=True, timeout=500)
