@@ -2,6 +2,7 @@
 
     python jobs/benchmark.py --measure '[text_anchors]'                       # a training step with and without cached anchors
     python jobs/benchmark.py --measure '[text_anchors]' --model ViT-B-32 --batch_size 32 --rounds 5
+    python jobs/benchmark.py --measure '[encoder]' --model ViT-B-32 --batch_size 32 --rounds 5 --steps_per_round 1
     python jobs/benchmark.py --measure '[training_peft, training_open_clip, training_caching]' --model ViT-B-32 --batch_size 16
     python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 240 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
@@ -35,6 +36,7 @@ from pydantic import Field, PositiveInt
 from cir_core.schema import CirError
 from jobs import tracking
 from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
+from jobs.benchmark_encoder import measure_encoder
 from jobs.benchmark_search import measure_search, measure_search_streamed
 from jobs.benchmark_start_up import measure_start_up
 from jobs.benchmark_training import (
@@ -58,9 +60,9 @@ class BenchmarkConfig(JobConfig):
 
     measure: Annotated[list[str], Field(min_length=1)] = Field(
         ["text_anchors"],
-        description="What to measure: text_anchors (a training step with and without them), embedding (embed.py, a bare loop "
-        "of the same model, and decoding alone), embedding_memory (for 1, 4 and 16 times the data), search (exact search, the "
-        "bare product, FAISS), search_streamed (a gallery in Parquet parts), training_peft, training_open_clip (our step beside "
+        description="What to measure: text_anchors (a training step with and without them), encoder (both towers, fp32 and bf16, "
+        "beside open_clip's calls), embedding (embed.py, a bare loop of the same model, and decoding alone), embedding_memory "
+        "(for 1, 4 and 16 times the data), search (exact search, the bare product, FAISS), search_streamed (a gallery in Parquet parts), training_peft, training_open_clip (our step beside "
         "theirs), training_caching (gradient caching and checkpointing), training_job (tat_train.py beside a bare loop of its "
         "step), start_up (from `ray job submit` to the first step and the first search result).",
     )
@@ -176,6 +178,7 @@ def measure_text_anchors(config: BenchmarkConfig) -> Comparison:
 
 MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str | Measured]] = {
     "text_anchors": lambda config: measure_text_anchors(config).markdown(),
+    "encoder": measure_encoder,
     "embedding": measure_embedding,
     "embedding_memory": measure_embedding_memory,
     "search": measure_search,
@@ -188,7 +191,7 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str | Measured]] = {
 }
 
 
-def load_model(config: BenchmarkConfig) -> OpenClipEncoder:
+def load_model(config: BenchmarkConfig, precision: str = "auto") -> OpenClipEncoder:
     """Load the model; a name without weights gets random ones, which cost the same time."""
     import open_clip
     from safetensors.torch import save_file
@@ -197,11 +200,11 @@ def load_model(config: BenchmarkConfig) -> OpenClipEncoder:
 
     device = "cuda" if config.use_gpu else "cpu"
     if config.pretrained is not None or config.model not in open_clip.list_models():
-        return load_encoder(config.model, config.pretrained, device=device)
+        return load_encoder(config.model, config.pretrained, device=device, precision=precision)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "random.safetensors"
         save_file(open_clip.create_model(config.model).state_dict(), weights)
-        return load_encoder(config.model, str(weights), device=device)
+        return load_encoder(config.model, str(weights), device=device, precision=precision)
 
 
 def surroundings(config: BenchmarkConfig) -> str:

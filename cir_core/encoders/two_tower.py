@@ -18,7 +18,8 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from cir_core.encoders.base import EncoderDetails
-from cir_core.lora import TwoTowerModel, load_adapter, weights_digest
+from cir_core.encoders.text_tower import encode_tokens
+from cir_core.lora import TwoTowerModel, load_adapter, split_multihead_attention, weights_digest
 from cir_core.preprocessing import Decode, Mode, Preprocessing, normalize
 from cir_core.schema import CirError
 
@@ -149,7 +150,7 @@ class OpenClipEncoder:
         """B texts -> float32[B, D] on the encoder's device, unit norm. CirError for other input."""
         batches = torch.split(self.tokenize(texts), _TEXT_BATCH_SIZE) if texts else ()
         with torch.inference_mode(), self._autocast():
-            features = [self.model.encode_text(b.to(self.device), normalize=False).float() for b in batches]
+            features = [encode_tokens(self.model, b.to(self.device)).float() for b in batches]
             unit = F.normalize(torch.cat([self._empty(), *features]), dim=-1)
         return unit.clone()
 
@@ -180,6 +181,8 @@ def describe(
             expected_weights_digest=base_digest,
             quick_gelu=quick_gelu,
         )
+    if options.precision == "bf16":
+        split_multihead_attention(towers)
     preprocessing = _preprocessing(model, towers.visual.preprocess_cfg, options)
     details = EncoderDetails(
         model=model,

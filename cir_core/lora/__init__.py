@@ -13,7 +13,7 @@ from cir_core.lora.attach import (
     has_adapter,
     weights_digest,
 )
-from cir_core.lora.attention import SplitAttention, SplitQKV, fuse_attention, split_attention
+from cir_core.lora.attention import SplitAttention, SplitQKV, fuse_attention, split_attention, split_multihead_attention
 from cir_core.lora.class_token import last_block_for_class_token
 from cir_core.lora.export import export_merged, merge_adapter
 
@@ -36,5 +36,6 @@ __all__ = [
     "merge_adapter",
     "save_adapter",
     "split_attention",
+    "split_multihead_attention",
     "weights_digest",
 ]

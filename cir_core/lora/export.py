@@ -30,7 +30,7 @@ def merge_adapter(model: TwoTowerModel) -> TwoTowerModel:
     merged = copy.deepcopy(model)
     if has_adapter(merged):
         merged.visual = merged.visual.merge_and_unload(safe_merge=True)
-    fuse_attention(merged.visual)
+    fuse_attention(merged)  # both towers: an encoder in bf16 has the text tower's split, too
     return merged.requires_grad_(False).eval()
 
 

@@ -159,6 +159,13 @@ def test_a_measurement_prints_its_sides(tiny_model_dir, name):
     assert rows[0].startswith("| ours | ")
 
 
+def test_both_towers_are_measured_beside_open_clips_calls(tiny_model_dir):
+    measured = MEASUREMENTS["encoder"](config(tiny_model_dir))
+    assert measured.markdown.count("| ours, bf16 | ") == measured.markdown.count("| open_clip, bf16 autocast | ") == 2
+    assert {key.split("/")[0] for key in measured.metrics} == {"encoder_images", "encoder_captions"}
+    assert all(math.isfinite(value) and value > 0 for value in measured.metrics.values())
+
+
 def test_caching_is_measured_with_its_bytes(tiny_model_dir, encoder, batch):
     metrics = measure_training_caching(config(tiny_model_dir, micro_batch_size=1)).metrics
     assert all(math.isfinite(value) and value > 0 for value in metrics.values())
