@@ -1,7 +1,8 @@
 """Answering a catalogue's queries part by part on Ray: the tasks and the actor; the driver sees only counts.
 
 A part is a slice of a queries file. It is read, its references are looked up in the store, its captions and the pictures
-that lie outside are encoded, every share of the gallery is searched, and one task writes its lists and then its marker:
+that lie outside are encoded, every share of the gallery is searched and asked for the ids of the images that are in the
+lists, and one task writes these and then the part's marker:
 
     results/<method>/part-00000.parquet   result lists of every alpha
     per_query/part-00000.parquet          ranks of the targets, where the queries have some
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
@@ -25,18 +27,18 @@ import torch
 from cir_core import files
 from cir_core.benchmarks import QuerySlice
 from cir_core.benchmarks.custom import is_picture
-from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
 from cir_core.evaluation import save_ranking, score_part
 from cir_core.schema import REJECT_SCHEMA, CirError, Query, Ranking, Reject
 from cir_core.search import TopK
 from jobs.catalogue_approximate import ApproximateSearch
-from jobs.catalogue_lookup import Found, look_up, read_part
+from jobs.catalogue_lookup import Found, StoreIds, read_part
 from jobs.catalogue_recall import sample_uri, save_sample
 from jobs.decoding import fetch_images
 from jobs.gallery_search import GallerySearch, Setting, Tile
 
 _RANKS = ("rank", "pessimistic_rank")
+Rows = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 _FETCHES = 4  # picture tasks in flight per encoder
 _CHUNK = 64  # pictures of one such task: some seconds of decoding
@@ -199,15 +201,35 @@ def _check_found(queries: Sequence[Query], held: Any, members: Any) -> None:
             raise CirError(f"query {query.query_id!r}: the store does not hold {missing[0]!r}")
 
 
+@ray.remote(num_cpus=0.5, max_retries=5)
+def rows_in(prepared: Prepared, answers: dict[Setting, TopK]) -> Rows:
+    """Return the gallery indices that the lists of the answered queries hold, each once, rising."""
+    kept = np.flatnonzero(prepared.kept)
+    found = np.unique(np.concatenate([answer.indices.numpy()[kept].reshape(-1) for answer in answers.values()]))
+    return found[found >= 0]
+
+
 @ray.remote(num_cpus=1, max_retries=5)
 def write_part(
-    run: CatalogueRun, number: int, prepared: Prepared, answers: dict[Setting, TopK], num_sampled: int
+    run: CatalogueRun,
+    number: int,
+    prepared: Prepared,
+    answers: dict[Setting, TopK],
+    num_sampled: int,
+    listed: Rows,
+    *names: pa.Array,
 ) -> dict[str, Any]:
-    """Write all files of a part, its marker last; return the marker's content. num_sampled: queries in its sample, kept."""
+    """Write all files of a part, its marker last; return the marker's content.
+
+    num_sampled: queries in its sample, kept. listed: what `rows_in` returned; names: their ids, share after share.
+    """
     rows = np.flatnonzero(prepared.kept)
+    ids = pa.chunked_array(names, pa.large_string()).to_numpy()
+    if len(ids) != len(listed):
+        raise RuntimeError(f"{len(ids)} ids for {len(listed)} images of part {number}: the store was changed meanwhile")
     queries = [prepared.queries[row] for row in rows]
     sizes = np.array(prepared.ranked_sizes)[rows]
-    rankings = _rankings(run, queries, rows, answers)
+    rankings = _rankings(run, queries, rows, answers, listed, ids)
     name = f"part-{number:05d}"
     written: dict[str, int] = {}
     scores: dict[str, Any] = {}
@@ -244,12 +266,17 @@ def label(method: str, alpha: float | None) -> str:
 
 
 def _rankings(
-    run: CatalogueRun, queries: list[Query], rows: np.ndarray[Any, Any], answers: dict[Setting, TopK]
+    run: CatalogueRun,
+    queries: list[Query],
+    rows: Rows,
+    answers: dict[Setting, TopK],
+    listed: Rows,
+    listed_ids: npt.NDArray[np.object_],
 ) -> dict[Setting, Ranking]:
-    """Turn gallery indices into ids, in one pass over the store's ids."""
+    """Turn gallery indices into ids."""
     indices = np.stack([answers[key].indices.numpy()[rows] for key in run.settings])
     names = np.full(indices.shape, "", dtype=object)
-    names[indices >= 0] = EmbeddingStore.open(run.store).ids_at(indices[indices >= 0])
+    names[indices >= 0] = listed_ids[np.searchsorted(listed, indices[indices >= 0])]
     ids = tuple(query.query_id for query in queries)
     return {
         key: Ranking(
@@ -269,18 +296,19 @@ class PartPipeline:
         self,
         run: CatalogueRun,
         search: GallerySearch | ApproximateSearch,
+        ids: StoreIds,
         encoders: Sequence[Any],
         sample_sizes: Mapping[int, int],
         seed: int,
     ) -> None:
-        self.run, self.search, self.encoders = run, search, encoders
+        self.run, self.search, self.ids, self.encoders = run, search, ids, encoders
         self.sample_sizes, self.seed = sample_sizes, seed
         self.run_ref = ray.put(run)
 
     def start(self, number: int, part: QuerySlice) -> Any:
         """Start a part; return a reference to what its marker holds."""
         queries = read_part.remote(part)
-        found = [look_up.remote(self.run.store, share, queries) for share in self.search.shares]
+        found = self.ids.look_up(queries)
         encoder = self.encoders[number % len(self.encoders)]
         where = files.redact(part.uri)
         tile, prepared = encoder.encode.options(num_returns=2).remote(self.run_ref, where, queries, *found)
@@ -289,4 +317,7 @@ class PartPipeline:
         if size := self.sample_sizes.get(number, 0):
             uri = sample_uri(self.run.folder, number)
             num_sampled = save_sample.remote(uri, size, [self.seed, number], tile, prepared, answers)
-        return write_part.remote(self.run_ref, number, prepared, answers, num_sampled)
+        listed = rows_in.remote(prepared, answers)
+        return write_part.remote(
+            self.run_ref, number, prepared, answers, num_sampled, listed, *self.ids.names_of(listed)
+        )

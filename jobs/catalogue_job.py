@@ -23,6 +23,7 @@ from jobs.catalogue import CatalogueRun, EncoderChoice, PartPipeline, QueryEncod
 from jobs.catalogue_approximate import ApproximatePlan, ApproximateSearch, plan_approximate
 from jobs.catalogue_checks import CheckedQueries, check_queries
 from jobs.catalogue_encoder import check_encoder, choose_encoder
+from jobs.catalogue_lookup import StoreIds
 from jobs.catalogue_recall import measure_recall, sample_sizes, sample_uri
 from jobs.catalogue_report import publish, results_table, write_sheet
 from jobs.config import flat_parameters, public
@@ -228,14 +229,15 @@ def _answer_all(
         say(f"{len(done)} of {len(checked.parts)} parts are finished, going on with the rest")
     total = sum(checked.parts[number].num_queries for number in todo)
     rejects = sum(marker["num_rejects"] for marker in done.values())
-    search = ApproximateSearch(plan) if plan else _exact(config, run)
+    search = ApproximateSearch(plan) if plan else _exact(config, run, len(todo))
     measured = {"index_seconds": search.prepare()} if isinstance(search, ApproximateSearch) else {}
     actor = ray.remote(max_restarts=5, max_task_retries=5)(QueryEncoder)
     pool = actor.options(num_cpus=0.5, num_gpus=1 if config.use_gpu else 0)
     encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
     per_part = [part.num_queries for part in checked.parts]
     sizes = sample_sizes(per_part, plan.recall_queries, plan.seed) if plan else {}
-    pipeline = PartPipeline(run, search, encoders, sizes, config.seed)
+    ids = StoreIds(run.store, search.shares, num_tiles=len(todo))
+    pipeline = PartPipeline(run, search, ids, encoders, sizes, config.seed)
     started, last, answered = time.perf_counter(), 0.0, 0
     try:
         with UnitGauge("batch_retrieve", "queries") as queries:
@@ -255,14 +257,15 @@ def _answer_all(
     finally:
         for encoder in encoders:
             ray.kill(encoder)  # their CPUs and GPUs are free at once, also after an error
+        ids.close()
         if isinstance(search, ApproximateSearch):
             search.close()
     return measured | {"queries_per_second": answered / max(time.perf_counter() - started, 1e-9)}
 
 
-def _exact(config: BatchRetrieveConfig, run: CatalogueRun) -> GallerySearch:
+def _exact(config: BatchRetrieveConfig, run: CatalogueRun, num_tiles: int) -> GallerySearch:
     gallery = Gallery(run.store, alpha=config.gallery_alpha)
-    return GallerySearch(gallery, config.num_shards, memory_gb=config.search_memory_gb)
+    return GallerySearch(gallery, config.num_shards, memory_gb=config.search_memory_gb, num_tiles=num_tiles)
 
 
 def _measured(config: BatchRetrieveConfig, run: CatalogueRun, plan: ApproximatePlan) -> dict[str, Any]:

@@ -1,16 +1,27 @@
-"""Reading a catalogue's parts and finding their images in the store. Apart, for processes that start without torch."""
+"""Reading a catalogue's parts, and the ids of its store both ways. Apart, for processes that start without torch.
+
+Every part asks which rows its references have and, once it is searched, which ids its lists have: at a billion images, 20 GB
+of ids in 100,000 files. So each share of the store has an actor that reads its ids once and holds them; for few parts or a
+small store tasks read them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import ray
 
 from cir_core.benchmarks import QuerySlice, read_query_slice
-from cir_core.embedding_store import EmbeddingStore
+from cir_core.embedding_store import EmbeddingStore, IdIndex
 from cir_core.schema import Query
+
+_ACTOR_ROWS = 100_000  # below, reading takes less than an actor's start
+_ID_BYTES = 64  # a row in an actor's memory, with an id of 40 characters
 
 
 @dataclass(frozen=True)
@@ -18,8 +29,54 @@ class Found:
     """Ids that a share of the store holds, their rows [n], and their embeddings [n, D], where those are wanted."""
 
     names: list[str]
-    rows: np.ndarray[Any, Any]
+    rows: npt.NDArray[np.int64]
     embeddings: np.ndarray[Any, Any]
+
+
+class ShareIds:
+    """The ids of some parts of a store. hold: read them once and keep them in memory, else only what is asked for."""
+
+    def __init__(self, store: str, parts: list[int], *, hold: bool) -> None:
+        self.store, self.parts = EmbeddingStore.open(store), parts
+        self._index: IdIndex | None = None
+        self._hold = hold
+
+    def look_up(self, queries: tuple[Query, ...]) -> tuple[Found, Found]:
+        """Find the queries' references, with embeddings, and the members of their subsets in these parts."""
+        members = [name for query in queries for name in query.subset_ids]
+        references = self._find([query.reference_id for query in queries], embeddings=True)
+        return references, self._find(members, embeddings=False)
+
+    def _find(self, ids: Sequence[str], *, embeddings: bool) -> Found:
+        if not ids:
+            return Found([], np.empty(0, np.int64), np.empty(0))
+        if not self._hold:
+            return Found(*self.store.find(ids, self.parts, embeddings=embeddings))
+        names, rows = self._held().rows_of(ids)
+        return Found(names, rows, self.store.embeddings_at(rows) if embeddings else np.empty(0))
+
+    def names_of(self, rows: npt.NDArray[np.int64]) -> pa.Array:
+        """Return the ids of those of the rows, rising, that are in these parts."""
+        needed = sorted(set(self.store.parts_of(rows)) & set(self.parts)) if not self._hold else []
+        return (self._held() if self._hold else IdIndex(self.store, needed)).ids_of(rows)[1]
+
+    def _held(self) -> IdIndex:
+        if self._index is None:
+            self._index = IdIndex(self.store, self.parts)
+        return self._index
+
+
+_Actor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(ShareIds)
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def _look_up(store: str, parts: list[int], queries: tuple[Query, ...]) -> tuple[Found, Found]:
+    return ShareIds(store, parts, hold=False).look_up(queries)
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def _names_of(store: str, parts: list[int], rows: npt.NDArray[np.int64]) -> pa.Array:
+    return ShareIds(store, parts, hold=False).names_of(rows)
 
 
 @ray.remote(num_cpus=1, max_retries=5)
@@ -28,12 +85,36 @@ def read_part(part: QuerySlice) -> tuple[Query, ...]:
     return read_query_slice(part)
 
 
-@ray.remote(num_cpus=1, max_retries=5)
-def look_up(store: str, parts: list[int], queries: tuple[Query, ...]) -> tuple[Found, Found]:
-    """Find the queries' references, with embeddings, and the members of their subsets in some parts of the store."""
-    opened = EmbeddingStore.open(store)
-    references = Found(*opened.find([query.reference_id for query in queries], parts))
-    members = [name for query in queries for name in query.subset_ids]
-    nothing = np.empty(0, np.int64)
-    found = Found(*opened.find(members, parts, embeddings=False)) if members else Found([], nothing, nothing)
-    return references, found
+class StoreIds:
+    """Rows by id and ids by row of a whole store, asked share by share; arguments and results are references.
+
+    shares: the parts of each share. num_tiles: how often will be asked; actors are worth their start for several times.
+    """
+
+    def __init__(self, store: str, shares: Sequence[list[int]], *, num_tiles: int) -> None:
+        self.store, self.shares = store, shares
+        opened = EmbeddingStore.open(store)
+        self.actors: list[Any] = []
+        if num_tiles > 1 and opened.num_rows >= _ACTOR_ROWS:
+            rows = {part.index: part.num_rows for part in opened.parts}
+            self.actors = [
+                _Actor.options(memory=_ID_BYTES * sum(rows[part] for part in share)).remote(store, share, hold=True)
+                for share in shares
+            ]
+
+    def look_up(self, queries: Any) -> list[Any]:
+        """Return a reference for each share: the references and the subsets' members of the queries that it holds."""
+        if self.actors:
+            return [actor.look_up.remote(queries) for actor in self.actors]
+        return [_look_up.remote(self.store, share, queries) for share in self.shares]
+
+    def names_of(self, rows: Any) -> list[Any]:
+        """Return a reference for each share: the ids of those of the rows that it holds. One after the other: of all rows."""
+        if self.actors:
+            return [actor.names_of.remote(rows) for actor in self.actors]
+        return [_names_of.remote(self.store, share, rows) for share in self.shares]
+
+    def close(self) -> None:
+        """End the actors: what they reserve is free at once, also after an error."""
+        for actor in self.actors:
+            ray.kill(actor)

@@ -6,6 +6,7 @@ index (cir_core.search), so merging the shards' lists gives what one search over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from cir_core.search import (
     weighted_top_k,
 )
 from jobs.progress import StageMetrics
+from jobs.session import check_memory
 
 _FAN_IN = 8  # lists merged by one task
 _HELD_BYTES = 4  # an element: float16 as stored and bfloat16 as scanned
@@ -70,6 +72,10 @@ class Gallery:
         chosen = set(parts)
         return sum(part.num_rows for part in EmbeddingStore.open(self.uri).parts if part.index in chosen)
 
+    def held_bytes(self, parts: Sequence[int]) -> int:
+        """Return what holding the parts takes, with the copy that is scanned."""
+        return self.num_rows(parts) * EmbeddingStore.open(self.uri).manifest.spec.dim * _HELD_BYTES
+
     def parts(self) -> list[int]:
         """Return the store's parts that hold an image of the gallery."""
         found, start = [], 0
@@ -106,17 +112,20 @@ class Shard:
 
     memory_gb: what it may hold. A share that fits, with the copy that is scanned, is read and prepared at the first tile;
     of another one a pass holds two blocks, the one that is searched and the next one, which is read meanwhile.
-    threads: of a search; 0 leaves what the process has.
+    neighbours: shares there are, to divide this node's CPUs among those that it has; 0 leaves the threads there are.
     """
 
-    def __init__(self, gallery: Gallery, parts: list[int], memory_gb: float, *, keep: bool, threads: int = 0) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+    def __init__(
+        self, gallery: Gallery, parts: list[int], memory_gb: float, *, keep: bool, neighbours: int = 0
+    ) -> None:
         self.gallery, self.parts = gallery, parts
         spec_dim, budget = EmbeddingStore.open(gallery.uri).manifest.spec.dim, memory_gb * 1e9
         # float16 as stored, twice that where captions are composed in, and float32 at worst of what is gathered
         self.block_rows = int(max(1024, min(65_536, budget / 4 / (spec_dim * 4))))
-        self.keep = keep and gallery.num_rows(parts) * spec_dim * _HELD_BYTES <= budget
+        held = gallery.held_bytes(parts)
+        self.keep = keep and held <= budget
+        if neighbours:
+            torch.set_num_threads(_threads_here(neighbours, held if self.keep else 0))
         self._held: list[tuple[int, PreparedGallery]] | None = None
         self._metrics = StageMetrics("batch_retrieve", "tiles")
 
@@ -143,17 +152,29 @@ class Shard:
 
 
 # An actor that dies is started again elsewhere, reads its share again and does the tile again. It reserves next to no CPU,
-# as it is idle between tiles, but is spread over the nodes that have some.
+# as it is idle between tiles, but is spread over the nodes that have some; and the memory of a share that it holds.
 _ShardActor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(Shard)
 
 
-def threads_of(num_shares: int, node_cpus: Sequence[float]) -> int:
-    """Return the threads of a share's actor, spread over nodes of so many CPUs: Ray would give it one, as it reserves none.
+def threads_of(num_shares: int, node_cpus: Sequence[float], cpus: float, fitting: float = math.inf) -> int:
+    """Return the threads of a share on a node of `cpus`; Ray would give it one, as it reserves none.
 
-    Ray counts what a container may use, which the process does not see.
+    Ray counts what a container may use, which the process does not see. node_cpus: of all nodes there are, over which the
+    shares are spread; more may come. fitting: shares that this node's memory has room for.
     """
-    cpus = [count for count in node_cpus if count >= 1]
-    return max(1, int(min(cpus)) // -(-num_shares // len(cpus))) if cpus else 1
+    spread_over = sum(count >= 1 for count in node_cpus)
+    here = max(1.0, min(-(-num_shares // max(1, spread_over)), fitting))
+    return max(1, int(cpus // here))
+
+
+def _threads_here(num_shares: int, held_bytes: int) -> int:
+    """Return the threads of a share that this process holds."""
+    own = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    fitting = nodes[own].get("memory", 0.0) // held_bytes if held_bytes else math.inf
+    return threads_of(
+        num_shares, [node.get("CPU", 0.0) for node in nodes.values()], nodes[own].get("CPU", 1.0), fitting
+    )
 
 
 @ray.remote(num_cpus=1, max_retries=5)
@@ -186,11 +207,14 @@ class GallerySearch:
         many = num_tiles is None or num_tiles > 1
         self.actors: list[Any] = []
         if many and gallery.num_rows(parts) >= _ACTOR_ROWS:
-            threads = threads_of(
-                len(self.shares), [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-            )
+            held = [gallery.held_bytes(share) for share in self.shares]
+            reserved = [size if size <= memory_gb * 1e9 else 0 for size in held]
+            check_memory(reserved)
             self.actors = [
-                _ShardActor.remote(self.gallery, share, memory_gb, keep=True, threads=threads) for share in self.shares
+                _ShardActor.options(memory=size).remote(
+                    self.gallery, share, memory_gb, keep=True, neighbours=len(self.shares)
+                )
+                for share, size in zip(self.shares, reserved, strict=True)
             ]
 
     def start(self, tile: Tile | ray.ObjectRef[Tile], settings: list[Setting], k: int) -> Any:

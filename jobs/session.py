@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -257,6 +257,26 @@ def check_resources(needed: dict[str, float], *, wait_s: float = 20.0) -> None:
                 "`ray job list` shows them; wait, stop one, or use fewer workers"
             )
         time.sleep(1.0)
+
+
+def check_memory(sizes: Sequence[int]) -> None:
+    """Check that the cluster's nodes have the memory to hold pieces of these sizes in bytes, each on one node.
+
+    Raises:
+        CirError: they have not, and no autoscaler may add nodes.
+    """
+    largest = max(sizes, default=0)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [resources.get("memory", 0.0) for resources in alive if resources.get("CPU")]  # a head may have none
+    if not largest or sum(memory // largest for memory in nodes) >= len(sizes):
+        return
+    needs = f"{len(sizes)} x {largest / 1e9:.3g} GB in memory, the nodes have {', '.join(f'{m / 1e9:.3g}' for m in nodes)} GB"
+    if _autoscaler_limit().get("CPU", 0.0) <= ray.cluster_resources().get("CPU", 0.0):
+        raise CirError(
+            f"the gallery's shares do not fit ({needs}); add nodes, or use a --search_memory_gb below a share's size: then "
+            "they are read again for every tile"
+        )
+    say(f"the cluster has to grow ({needs}); its autoscaler adds nodes")
 
 
 def node_cpus() -> int:

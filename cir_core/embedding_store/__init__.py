@@ -10,6 +10,7 @@ A part is one piece of the input, numbered from 0 by the caller; the rows of the
 in order. The identity of a store is the hash of everything that made it: see `StoreSpec`.
 """
 
+from cir_core.embedding_store.ids import IdIndex
 from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest, part_info
 from cir_core.embedding_store.part import PartWriter
 from cir_core.embedding_store.read import Block, EmbeddingStore
@@ -20,6 +21,7 @@ __all__ = [
     "Block",
     "EmbeddingStore",
     "EmbeddingWriter",
+    "IdIndex",
     "Manifest",
     "PartInfo",
     "PartWriter",

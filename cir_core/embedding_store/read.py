@@ -21,6 +21,7 @@ from cir_core.schema import CirError, Reject
 
 Embeddings = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 _ID_BATCH_ROWS = 65_536
+_READERS = 8  # parts of which embeddings are read at once, a row group of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +127,46 @@ class EmbeddingStore:
                     offset += batch.num_rows
 
     def read_ids(self) -> list[str]:
-        """Return every id in row order. For large stores use iter_ids or ids_at."""
+        """Return every id in row order. For large stores use iter_ids, ids_at or IdIndex."""
         return [one for _, ids in self.iter_ids() for one in ids.to_pylist()]
 
-    def ids_at(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.object_]:
-        """Return the ids of global row numbers as an object array of the same shape; streams over all ids."""
+    def parts_of(self, rows: npt.NDArray[np.integer[Any]]) -> list[int]:
+        """Return the numbers of the parts that hold any of these global rows, rising; CirError for a row there is not."""
         flat = np.asarray(rows).reshape(-1)
         if flat.size and not (flat.min() >= 0 and flat.max() < self.num_rows):
             raise CirError(f"{files.redact(self.uri)}: row numbers must lie in [0, {self.num_rows})")
+        ends = np.cumsum([part.num_rows for part in self.parts], dtype=np.int64)
+        return [self.parts[place].index for place in np.unique(np.searchsorted(ends, flat, "right"))]
+
+    def ids_at(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.object_]:
+        """Return the ids of global row numbers as an object array of the same shape; reads the parts that hold one."""
+        flat = np.asarray(rows).reshape(-1)
         order = np.argsort(flat, kind="stable")
         found = np.empty(flat.size, dtype=object)
-        for offset, ids in self.iter_ids():
+        for offset, ids in self.iter_ids(self.parts_of(flat)):
             low, high = np.searchsorted(flat[order], [offset, offset + len(ids)])
             chosen = order[low:high]
             found[chosen] = ids.take(pa.array(flat[chosen] - offset)).to_pylist()
         return found.reshape(np.shape(rows))
+
+    def embeddings_at(self, rows: npt.NDArray[np.integer[Any]]) -> Embeddings:
+        """Return the embeddings [n, D] of global row numbers [n]; reads only the row groups that hold one."""
+        found = np.empty((len(rows), self.manifest.spec.dim), self.manifest.spec.dtype)
+
+        def read(index: int) -> None:
+            start, part = self._places[index]
+            with files.open_parquet(self._part_uri(part), "part") as file:
+                for group in range(file.num_row_groups):
+                    end = start + file.metadata.row_group(group).num_rows
+                    here = np.flatnonzero((rows >= start) & (rows < end))
+                    if here.size:
+                        held = _matrix(file.read_row_group(group, columns=["embedding"]).column("embedding"))
+                        found[here] = held[rows[here] - start]
+                    start = end
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(read, self.parts_of(rows)))
+        return cast(Embeddings, found)
 
     def find(
         self, ids: Sequence[str], parts: Sequence[int] | None = None, *, embeddings: bool = True
@@ -148,26 +174,17 @@ class EmbeddingStore:
         """Look ids up in all parts, or in the given ones: those that are there, in row order.
 
         Returns n ids, their global row numbers int64[n] and their embeddings [n, D] (without `embeddings`: [0, D]).
-        Reads embeddings only of the row groups that hold one.
+        Reads every id, and embeddings only of the row groups that hold one. Who asks often: see IdIndex.
         """
         wanted = pa.array(list(dict.fromkeys(ids)), pa.string())
         names: list[str] = []
-        rows: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-        vectors: list[Embeddings] = [np.empty((0, self.manifest.spec.dim), self.manifest.spec.dtype)]
-        for offset, part in self._chosen(parts):
-            with files.open_parquet(self._part_uri(part), "part") as file:
-                for group in range(file.num_row_groups):
-                    held = file.read_row_group(group, columns=["id"]).column("id").combine_chunks()
-                    here = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
-                    if here.size:
-                        names += held.take(pa.array(here)).to_pylist()
-                        rows.append(offset + here)
-                    if here.size and embeddings:
-                        vectors.append(
-                            _matrix(file.read_row_group(group, columns=["embedding"]).column("embedding"))[here]
-                        )
-                    offset += len(held)
-        return names, np.concatenate(rows), cast(Embeddings, np.concatenate(vectors))
+        found: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        for offset, held in self.iter_ids(parts):
+            here = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
+            names += held.take(pa.array(here)).to_pylist()
+            found.append(offset + here)
+        rows = np.concatenate(found)
+        return names, rows, self.embeddings_at(rows if embeddings else rows[:0])
 
     def take(self, ids: Sequence[str]) -> Embeddings:
         """Return the embeddings [len(ids), D] of the given ids; reads only the row groups that hold one.

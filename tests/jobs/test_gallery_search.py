@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from ray.util.state import list_actors
 
 from cir_core.composition import query_weights
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec
+from cir_core.schema import CirError
 from cir_core.search import weighted_top_k
-from jobs import gallery_search
+from jobs import gallery_search, session
 from jobs.gallery_search import Gallery, GallerySearch, Shard, Tile, threads_of
 
 SETTINGS = [("slerp", 0.5), ("sum", None)]
@@ -92,8 +95,60 @@ def test_any_number_of_shards_and_killed_ones_give_the_same_lists(connected, sto
 
 
 @pytest.mark.parametrize(
-    ("num_shares", "cpus", "threads"),
-    [(8, [0, *[16] * 8], 16), (2, [2], 1), (1, [8], 8), (9, [0, 16, 16], 3), (4, [16, 8], 4), (40, [4], 1), (3, [], 1)],
+    ("num_shares", "cpus", "own", "fitting", "threads"),
+    [
+        (8, [0, *[16] * 8], 16, math.inf, 16),
+        (2, [2], 2, math.inf, 1),
+        (1, [8], 8, math.inf, 8),
+        (9, [0, 16, 16], 16, math.inf, 3),
+        (4, [16, 8], 16, math.inf, 8),
+        (40, [4], 4, math.inf, 1),
+        (86, [0, 16], 16, 1, 16),  # the first node of many that are still to come
+        (86, [0, 16], 16, 0, 16),
+        (3, [0], 0, math.inf, 1),
+    ],
 )
-def test_a_share_has_its_part_of_a_node_s_cpus(num_shares, cpus, threads):
-    assert threads_of(num_shares, cpus) == threads
+def test_a_share_has_its_part_of_a_node_s_cpus(num_shares, cpus, own, fitting, threads):
+    assert threads_of(num_shares, cpus, own, fitting) == threads
+
+
+def nodes(*memory):
+    return lambda: [{"Alive": True, "Resources": {"CPU": 2.0, "memory": size}} for size in memory]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "memory", "limit", "outcome"),
+    [
+        ([10, 10, 10], [25, 10], 0, None),
+        ([0, 0], [0], 0, None),
+        ([10, 10, 10], [29, 9], 0, "do not fit"),  # in sum they would
+        ([10], [], 0, "do not fit"),
+        ([10, 10, 10], [29, 9], 100, "has to grow"),
+    ],
+)
+def test_shares_that_do_not_fit_are_told_before_work_starts(sizes, memory, limit, outcome, monkeypatch, capsys):
+    monkeypatch.setattr(session.ray, "nodes", nodes(*memory))
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 2.0 * len(memory)})
+    monkeypatch.setattr(session, "_autoscaler_limit", lambda: {"CPU": limit})
+    if outcome == "do not fit":
+        with pytest.raises(CirError, match="shares do not fit"):
+            session.check_memory(sizes)
+    else:
+        session.check_memory(sizes)
+    assert ("has to grow" in capsys.readouterr().out) == (outcome == "has to grow")
+
+
+@pytest.mark.slow
+def test_a_held_share_reserves_its_memory(connected, store, tile, monkeypatch):
+    monkeypatch.setattr(gallery_search, "_ACTOR_ROWS", 0)
+    monkeypatch.setattr(gallery_search, "_HELD_BYTES", 20_000)  # 1.3 GB in all
+    before = ray.available_resources()["memory"]
+    search = GallerySearch(Gallery(store), 2)
+    check(ray.get(search.start(tile, SETTINGS, K)), store, tile)
+    deadline = time.monotonic() + 20
+    while before - ray.available_resources()["memory"] < 2714 * 24 * 20_000 and time.monotonic() < deadline:
+        time.sleep(0.2)  # what is available is told with a delay
+    assert before - ray.available_resources()["memory"] == 2714 * 24 * 20_000
+    monkeypatch.setattr(gallery_search, "_HELD_BYTES", 20_000_000)
+    with pytest.raises(CirError, match="shares do not fit"):
+        GallerySearch(Gallery(store), 2, memory_gb=1e6)

@@ -176,7 +176,9 @@ BREAKS = (
     Break(programs.entrypoints_parse, "ConfigMap settings", {"data.CIR_TAT_TRAIN_STORAGE_PATH": "/tmp/runs"}),  # noqa: S108
     Break(programs.clusters_hold_their_job, JOB, {"spec.entrypoint": "python jobs/tat_train.py --name a --num_workers 9 --use_gpu true"}),
     Break(programs.clusters_hold_their_job, JOB, {"spec.entrypoint": "python jobs/tat_train.py --name a --num_workers 2"}),
-    Break(programs.clusters_hold_their_job, "RayJob batch-retrieve", {"spec.rayClusterSpec.workerGroupSpecs.0.minReplicas": 4}),
+    Break(programs.clusters_hold_their_job, "RayJob batch-retrieve", {"spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas": 7}),
+    Break(operation.memory_is_given_out_once, CLUSTER, {f"{_DECODE}.rayStartParams.memory": "38000000000"}),
+    Break(operation.memory_is_given_out_once, CLUSTER, {f"{_DECODE}.rayStartParams.memory": GONE}),
     Break(programs.clusters_hold_their_job, "RayJob embed", {"spec.rayClusterSpec.workerGroupSpecs.1.maxReplicas": 7}),
     Break(programs.queues_hold_their_jobs, "ClusterQueue slerp-tat", {f"{_QUOTA}.flavors.0.resources.3.nominalQuota": 8}, "kueue"),
     Break(programs.queues_hold_their_jobs, "ClusterQueue slerp-tat", {f"{_QUOTA}.flavors.0.resources.1.nominalQuota": "512Gi"}, "kueue"),

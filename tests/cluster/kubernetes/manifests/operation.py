@@ -97,6 +97,21 @@ def volumes_in_memory_fit(objects: list[Object]) -> list[str]:
     return found
 
 
+def memory_is_given_out_once(objects: list[Object]) -> list[str]:
+    """What Ray gives out of a worker's memory, its object store, Ray itself and one worker fit into its limit."""
+    found = []
+    for one, cluster in clusters(objects):
+        for group in cluster["workerGroupSpecs"]:
+            parameters, pod = group["rayStartParams"], group["template"]["spec"]["containers"][0]
+            given, store = (float(parameters.get(name, "inf")) for name in ("memory", "object-store-memory"))
+            limit = float(quantity(pod["resources"]["limits"]["memory"]))
+            if given + store > limit - _SPARE_MEMORY:
+                found.append(
+                    f"{' '.join(key(one))} {group['groupName']}: {given:.3g} + {store:.3g} of {limit:.3g} bytes"
+                )
+    return found
+
+
 def heads_run_no_tasks(objects: list[Object]) -> list[str]:
     """num-cpus is 0 on heads; workers have what their limits say, and GPUs only where they ask for them."""
     found = []
@@ -104,7 +119,7 @@ def heads_run_no_tasks(objects: list[Object]) -> list[str]:
         if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
             found.append(f"{' '.join(key(one))}: tasks on the head")
         for group in cluster["workerGroupSpecs"]:
-            said = {"num-cpus", "num-gpus", "memory"} & set(group["rayStartParams"])
+            said = {"num-cpus", "num-gpus"} & set(group["rayStartParams"])
             cpus = quantity(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
             if said or cpus % 1:
                 found.append(f"{' '.join(key(one))} {group['groupName']}: {sorted(said)}, {cpus} CPUs")
@@ -167,5 +182,5 @@ def sizes_are_said_by_one(objects: list[Object]) -> list[str]:
 
 RULES: tuple[Rule, ...] = (
     versions_are_those_installed, jobs_are_retried_and_resume, stopping_leaves_time, memory_is_reserved, volumes_in_memory_fit,
-    heads_run_no_tasks, sizes_are_said_by_one, nodes_are_in_no_subcluster, workers_only_on_spot_machines, kueue_takes_it,
+    memory_is_given_out_once, heads_run_no_tasks, sizes_are_said_by_one, nodes_are_in_no_subcluster, workers_only_on_spot_machines, kueue_takes_it,
 )  # fmt: skip

@@ -120,15 +120,15 @@ def entrypoints_parse(objects: list[Object]) -> list[str]:
     return found
 
 
-def _demand(config: Any) -> tuple[dict[str, float], float]:
-    """Return the CPUs and GPUs that a job asks for at once, and the bytes that its searching actors hold."""
+def _demand(config: Any) -> tuple[dict[str, float], tuple[int, float]]:
+    """Return the CPUs and GPUs that a job asks for at once, its shares of a gallery and the most bytes of one."""
     if isinstance(config, TatTrainConfig):
         most = config.num_workers[1] if isinstance(config.num_workers, tuple) else config.num_workers
         needed = {"CPU": config.cpus_per_worker * most + _READING_CPUS, "GPU": most * config.use_gpu}
-        return needed, 0.0
+        return needed, (0, 1.0)
     needed = {"GPU": 0.0, **embedding_resources(config.num_encoders, use_gpu=config.use_gpu)}
-    searching = config.num_shards * config.search_memory_gb * 1e9 if isinstance(config, BatchRetrieveConfig) else 0.0
-    return needed, searching
+    searches = isinstance(config, BatchRetrieveConfig)
+    return needed, (config.num_shards, config.search_memory_gb * 1e9) if searches else (0, 1.0)
 
 
 def clusters_hold_their_job(objects: list[Object]) -> list[str]:
@@ -143,17 +143,13 @@ def clusters_hold_their_job(objects: list[Object]) -> list[str]:
         cpus = sum(_limit(pod.main, "cpu") * pod.count for pod in workers)
         gpus = sum(_limit(pod.main, "nvidia.com/gpu") * pod.count for pod in workers)
         groups = {group["groupName"]: group for group in one["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
-        # A searching actor takes no CPU to speak of: the autoscaler brings no machine for it, so only fixed ones count.
-        free = sum(
-            (_limit(pod.main, "memory") - float(groups[pod.group]["rayStartParams"]["object-store-memory"]) - 4e9)
-            * groups[pod.group]["minReplicas"]
-            for pod in workers
-            if not _limit(pod.main, "nvidia.com/gpu")
-        )
+        room = {name: float(group["rayStartParams"]["memory"]) for name, group in groups.items()}
+        shares, size = searching
+        places = sum(room[pod.group] // size * pod.count for pod in workers if not _limit(pod.main, "nvidia.com/gpu"))
         for name, need, has in (
             ("CPU", needed["CPU"], cpus),
             ("GPU", needed["GPU"], gpus),
-            ("memory", searching, free),
+            ("places for a share", shares, places),
         ):
             found += [f"{' '.join(key(one))}: needs {need:g} {name}, may have {has:g}"] if need > has else []
         if gpus and not needed["GPU"]:
