@@ -37,6 +37,7 @@ from jobs.progress import Reporter
 from jobs.session import say
 from jobs.storage import absolute
 from jobs.tracking import Tracker
+from jobs.unique_ids import drop_duplicates
 
 _MAX_BLOCKS = 2000  # Ray Data keeps books for each
 _FOLDER_ROWS = 4096  # images of a folder, or rows of a list, that make one part
@@ -175,7 +176,7 @@ def _commit(plan: EmbedPlan, writer: EmbeddingWriter, limit: RejectLimit) -> Emb
     before = writer.finished_parts()
     if len(before) != len(plan.units):
         raise RuntimeError(f"{len(plan.units) - len(before)} of {len(plan.units)} parts of {plan.output} are missing")
-    parts = writer.drop_duplicates(before)
+    parts = drop_duplicates(writer, before)
     dropped = sum(parts[number].num_rejects - before[number].num_rejects for number in parts)
     if dropped:
         say(f"{plan.output}: {dropped} rows have an id that an earlier part has; they are now rejects")

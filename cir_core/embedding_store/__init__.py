@@ -14,7 +14,7 @@ from cir_core.embedding_store.ids import IdIndex
 from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest, part_info
 from cir_core.embedding_store.part import PartWriter
 from cir_core.embedding_store.read import Block, EmbeddingStore
-from cir_core.embedding_store.unique import hash_ids
+from cir_core.embedding_store.unique import hash_ids, ids_with, later_ones, part_hashes, repeated
 from cir_core.embedding_store.write import EmbeddingWriter
 
 __all__ = [
@@ -27,6 +27,10 @@ __all__ = [
     "PartWriter",
     "StoreSpec",
     "hash_ids",
+    "ids_with",
+    "later_ones",
     "listing_digest",
+    "part_hashes",
     "part_info",
+    "repeated",
 ]

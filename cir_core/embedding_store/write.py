@@ -152,9 +152,10 @@ class EmbeddingWriter:
 
     def duplicates(self, parts: Iterable[PartInfo]) -> dict[int, list[tuple[str, int]]]:
         """Return, by part, the (id, part that keeps it) that occur in an earlier one of `parts`."""
-        return find_duplicates(self._uncommitted(list(parts)))
+        return find_duplicates(self.uncommitted(list(parts)))
 
-    def _uncommitted(self, parts: list[PartInfo]) -> EmbeddingStore:
+    def uncommitted(self, parts: list[PartInfo]) -> EmbeddingStore:
+        """Return some finished parts as if they were a store."""
         num_rows, num_rejects = sum(part.num_rows for part in parts), sum(part.num_rejects for part in parts)
         columns = parts[0].columns if parts else ()
         return EmbeddingStore(self.uri, Manifest(self.spec, num_rows, num_rejects, columns, tuple(parts)))
@@ -164,24 +165,31 @@ class EmbeddingWriter:
 
         The reject's shard is the part. Returns all parts as they are now; killed half-way, the same again goes on.
         """
-        done = dict(parts)
-        for index, rows in self.duplicates(parts.values()).items():
-            keeper = dict(rows)
-            part = done[index]
-            (before,) = self._uncommitted([part]).read_rejects()
-            with self.part(
-                index,
-                columns=[name for name in part.columns if name != "caption_embedding"],
-                caption_embeddings="caption_embedding" in part.columns,
-            ) as again:
-                for batch in self._uncommitted([part]).iter_batches():
-                    again.copy(batch, leave_out=keeper.keys())
-                again.reject(before)
-                again.reject(
-                    Reject(part.name, one, "duplicate_id", f"{part_name(place)} has it") for one, place in rows
-                )
-            done[index] = self._info(again)
-        return done
+        found = self.duplicates(parts.values())
+        return {**parts, **{index: self.without(parts[index], rows) for index, rows in found.items()}}
+
+    def without(self, part: PartInfo, rows: Sequence[tuple[str, int]]) -> PartInfo:
+        """Write a part again with some (id, part that keeps it) as rejects; return what it is now. Twice is as once.
+
+        Raises CirError if the part was written again otherwise, or only half of it was.
+        """
+        now = self.finished_part(part.index)
+        left = (part.num_rows - len(rows), part.num_rejects + len(rows))
+        if now is not None and (now.num_rows, now.num_rejects) == left:
+            return now
+        if now != part:
+            raise CirError(f"{files.redact(self.uri)}: {part.name} was changed meanwhile; run the job again")
+        (before,) = self.uncommitted([part]).read_rejects()
+        with self.part(
+            part.index,
+            columns=[name for name in part.columns if name != "caption_embedding"],
+            caption_embeddings="caption_embedding" in part.columns,
+        ) as again:
+            for batch in self.uncommitted([part]).iter_batches():
+                again.copy(batch, leave_out=dict(rows).keys())
+            again.reject(before)
+            again.reject(Reject(part.name, one, "duplicate_id", f"{part_name(place)} has it") for one, place in rows)
+        return self._info(again)
 
     def commit(
         self, *, rows_in: int, parts: Iterable[PartInfo] | None = None, check_unique_ids: bool = True
@@ -197,7 +205,7 @@ class EmbeddingWriter:
         finished = self.finished_parts()
         wanted = sorted(finished.values() if parts is None else parts, key=lambda part: part.index)
         _check_parts(files.redact(self.uri), wanted, finished, rows_in)
-        store = self._uncommitted(wanted)
+        store = self.uncommitted(wanted)
         if check_unique_ids and not self.committed:
             for index, rows in find_duplicates(store).items():
                 raise CirError(

@@ -123,6 +123,18 @@ def test_dropping_duplicates_goes_on_after_a_kill(tmp_path):
     assert killed.drop_duplicates(killed.finished_parts()) == expected == killed.finished_parts()
 
 
+def test_a_part_is_written_without_rows_once(tmp_path):
+    writer = EmbeddingWriter(str(tmp_path), SPEC)
+    fill(writer)
+    parts = writer.finished_parts()
+    rows = writer.duplicates(parts.values())[2]
+    written = writer.without(parts[2], rows)
+    assert writer.without(parts[2], rows) == written  # by a task whose answer was lost
+    assert writer.finished_parts()[2] == written
+    with pytest.raises(CirError, match="part-00002 was changed meanwhile"):
+        writer.without(parts[2], rows[:1])
+
+
 def test_a_kill_before_the_rejects_are_written_makes_the_part_unfinished(tmp_path, monkeypatch):
     writer = EmbeddingWriter(str(tmp_path), SPEC)
     fill(writer)
