@@ -7,6 +7,7 @@
     python jobs/benchmark.py --measure '[training_job]' --model ViT-B-32 --batch_size 16 --images 240 --rounds 5
     python jobs/benchmark.py --measure '[embedding, embedding_memory]' --model ViT-B-32 --images 400 --batch_size 64 --rounds 3
 
+    python jobs/benchmark.py --measure '[scale]' --parts 100000
     python jobs/benchmark.py --measure '[start_up]' --rounds 3            # with the servers of `make up`
     python jobs/benchmark.py --measure '[search, search_streamed]' --tracking_uri http://127.0.0.1:5000      # and into MLflow
     python jobs/benchmark.py --measure '[search]' --use_gpu true --queries 2048 --gallery_rows 8000000       # on the first GPU
@@ -37,6 +38,7 @@ from cir_core.schema import CirError
 from jobs import tracking
 from jobs.benchmark_embedding import measure_embedding, measure_embedding_memory
 from jobs.benchmark_encoder import measure_encoder
+from jobs.benchmark_scale import measure_scale
 from jobs.benchmark_search import measure_search, measure_search_streamed
 from jobs.benchmark_start_up import measure_start_up
 from jobs.benchmark_training import (
@@ -64,7 +66,8 @@ class BenchmarkConfig(JobConfig):
         "beside open_clip's calls), embedding (embed.py, a bare loop of the same model, and decoding alone), embedding_memory "
         "(for 1, 4 and 16 times the data), search (exact search, the bare product, FAISS), search_streamed (a gallery in Parquet parts), training_peft, training_open_clip (our step beside "
         "theirs), training_caching (gradient caching and checkpointing), training_job (tat_train.py beside a bare loop of its "
-        "step), start_up (from `ray job submit` to the first step and the first search result).",
+        "step), start_up (from `ray job submit` to the first step and the first search result), scale (what many parts ask of a "
+        "driver).",
     )
     model: str = Field("scenes-tiny", description="open_clip model name, local-dir:/path, or 'scenes-tiny'.")
     pretrained: str | None = Field(
@@ -83,6 +86,7 @@ class BenchmarkConfig(JobConfig):
     gallery_rows: PositiveInt = Field(400_000, description="Rows of the gallery that is searched.")
     dim: PositiveInt = Field(512, description="Its embedding dimensions.")
     k: PositiveInt = Field(50, description="Length of the lists.")
+    parts: PositiveInt = Field(100_000, description="Parts of 10,000 images that scale is measured for.")
     use_gpu: bool = Field(False, description="Measure on the first GPU, in bf16 as training does there.")
 
 
@@ -188,6 +192,7 @@ MEASUREMENTS: dict[str, Callable[[BenchmarkConfig], str | Measured]] = {
     "training_caching": measure_training_caching,
     "training_job": measure_training_job,
     "start_up": measure_start_up,
+    "scale": measure_scale,
 }
 
 

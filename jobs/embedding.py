@@ -39,7 +39,7 @@ from jobs.storage import absolute
 from jobs.tracking import Tracker
 from jobs.unique_ids import drop_duplicates
 
-_MAX_BLOCKS = 2000  # Ray Data keeps books for each
+MAX_BLOCKS = 2000  # Ray Data keeps books for each
 _FOLDER_ROWS = 4096  # images of a folder, or rows of a list, that make one part
 
 
@@ -196,7 +196,7 @@ def _run(
 ) -> None:
     progress = EmbeddingProgress(len(todo), tracker)
     with progress, Reporter(progress.show) as reporter:
-        dataset = ray.data.from_items(todo, override_num_blocks=min(len(todo), _MAX_BLOCKS)).map_batches(
+        dataset = ray.data.from_items(todo, override_num_blocks=min(len(todo), MAX_BLOCKS)).map_batches(
             ShardEmbedder,
             batch_size=1,
             compute=ActorPoolStrategy(

@@ -32,9 +32,9 @@ from cir_core.search import (
 from jobs.progress import StageMetrics
 from jobs.session import check_memory
 
-_FAN_IN = 8  # lists merged by one task
+FAN_IN = 8  # lists merged by one task
 _HELD_BYTES = 4  # an element: float16 as stored and bfloat16 as scanned
-_ACTOR_ROWS = 100_000  # below, a pass takes less than an actor's start
+_ACTOR_BYTES = 200_000_000  # held; below, a pass takes less than an actor's start
 
 Setting = tuple[str, float | None]  # a method and its alpha, None where it has none
 
@@ -67,14 +67,11 @@ class Gallery:
             if high > low:
                 yield int(low), rows[self.rows[low:high] - block.offset]
 
-    def num_rows(self, parts: Sequence[int]) -> int:
-        """Return how many images of the gallery the parts hold; of a gallery of some rows, of all their rows."""
-        chosen = set(parts)
-        return sum(part.num_rows for part in EmbeddingStore.open(self.uri).parts if part.index in chosen)
-
-    def held_bytes(self, parts: Sequence[int]) -> int:
-        """Return what holding the parts takes, with the copy that is scanned."""
-        return self.num_rows(parts) * EmbeddingStore.open(self.uri).manifest.spec.dim * _HELD_BYTES
+    def held_bytes(self, shares: Sequence[Sequence[int]]) -> list[int]:
+        """Return what holding each share's parts takes, with the copy that is scanned; of a gallery of some rows, all rows."""
+        manifest = EmbeddingStore.open(self.uri).manifest  # a second for 100,000 parts: once for all shares
+        rows = {part.index: part.num_rows for part in manifest.parts}
+        return [sum(rows[part] for part in share) * manifest.spec.dim * _HELD_BYTES for share in shares]
 
     def parts(self) -> list[int]:
         """Return the store's parts that hold an image of the gallery."""
@@ -122,7 +119,7 @@ class Shard:
         spec_dim, budget = EmbeddingStore.open(gallery.uri).manifest.spec.dim, memory_gb * 1e9
         # float16 as stored, twice that where captions are composed in, and float32 at worst of what is gathered
         self.block_rows = int(max(1024, min(65_536, budget / 4 / (spec_dim * 4))))
-        held = gallery.held_bytes(parts)
+        (held,) = gallery.held_bytes([parts])
         self.keep = keep and held <= budget
         if neighbours:
             torch.set_num_threads(_threads_here(neighbours, held if self.keep else 0))
@@ -206,8 +203,8 @@ class GallerySearch:
         self.gallery, self.memory_gb = ray.put(gallery), memory_gb
         many = num_tiles is None or num_tiles > 1
         self.actors: list[Any] = []
-        if many and gallery.num_rows(parts) >= _ACTOR_ROWS:
-            held = [gallery.held_bytes(share) for share in self.shares]
+        held = gallery.held_bytes(self.shares)
+        if many and sum(held) >= _ACTOR_BYTES:
             reserved = [size if size <= memory_gb * 1e9 else 0 for size in held]
             check_memory(reserved)
             self.actors = [
@@ -228,5 +225,5 @@ class GallerySearch:
                 _search_once.remote(self.gallery, share, self.memory_gb, tile_ref, settings, k) for share in self.shares
             ]
         while len(found) > 1:
-            found = [_merge.remote(k, *found[start : start + _FAN_IN]) for start in range(0, len(found), _FAN_IN)]
+            found = [_merge.remote(k, *found[start : start + FAN_IN]) for start in range(0, len(found), FAN_IN)]
         return found[0]

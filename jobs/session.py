@@ -270,7 +270,10 @@ def check_memory(sizes: Sequence[int]) -> None:
     nodes = [resources.get("memory", 0.0) for resources in alive if resources.get("CPU")]  # a head may have none
     if not largest or sum(memory // largest for memory in nodes) >= len(sizes):
         return
-    needs = f"{len(sizes)} x {largest / 1e9:.3g} GB in memory, the nodes have {', '.join(f'{m / 1e9:.3g}' for m in nodes)} GB"
+    have = (
+        f"the nodes have {', '.join(f'{memory / 1e9:.3g}' for memory in nodes)} GB" if nodes else "there are no workers"
+    )
+    needs = f"{len(sizes)} x {largest / 1e9:.3g} GB in memory, {have}"
     if _autoscaler_limit().get("CPU", 0.0) <= ray.cluster_resources().get("CPU", 0.0):
         raise CirError(
             f"the gallery's shares do not fit ({needs}); add nodes, or use a --search_memory_gb below a share's size: then "

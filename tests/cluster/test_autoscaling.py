@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import network
+import numpy as np
 import processes
 import pytest
 import ray_nodes
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from cir_core.embedding_store import EmbeddingStore
+from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter
+from cir_core.encoders import load_encoder
 from cir_core.scenes import write_pairs
+from jobs.embedding import store_spec
 
 MOST = 3
 CONFIG = {
@@ -39,7 +42,7 @@ CONFIG = {
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "decode": {
-            "resources": {"CPU": 2, "object_store_memory": 200_000_000},
+            "resources": {"CPU": 2, "object_store_memory": 200_000_000, "memory": 110_000_000},
             "labels": {"slerp-tat/pool": "decode"},
             "node_config": {},
             "min_workers": 0,
@@ -129,6 +132,29 @@ def test_embedding_grows_a_cluster_of_no_workers_to_its_most_and_lets_them_go(fo
     counts, encoders = follow(folder, "ShardEmbedder", *embed, "--output", store)
     assert (counts[0], max(counts), encoders) == (0, MOST, MOST)
     assert EmbeddingStore.open(store).num_rows == 3000
+    until_none_is_left()
+
+
+def test_a_held_share_of_a_gallery_brings_the_node_that_has_its_memory(folder, tmp_path):
+    """Three shares of 75 MB for nodes that give out 110 MB."""
+    encoder = load_encoder("scenes-tiny", device="cpu")
+    store, per_part, num_parts = str(folder / "gallery"), 49_000, 9
+    spec = store_spec(encoder.details, dtype="float16", captions="none", input_digest="random")
+    writer = EmbeddingWriter(store, spec)
+    for index in range(num_parts):
+        vectors = np.random.default_rng(index).standard_normal((per_part, encoder.dim)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        writer.write_part(index, [f"{index}-{row}" for row in range(per_part)], vectors)
+    writer.commit(rows_in=num_parts * per_part, check_unique_ids=False)
+    queries = tmp_path / "queries.jsonl"
+    rows = [{"query_id": f"q{n}", "reference": f"{n % 9}-{n}", "relative_caption": "make it red"} for n in range(90)]
+    queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    retrieve = ["jobs/batch_retrieve.py", "--benchmark", "custom", "--queries", str(queries), "--gallery", store, "--name", "held",
+                "--num_shards", str(MOST), "--queries_per_part", "30", "--alpha", "0.8"]  # fmt: skip
+    counts, shares = follow(folder, "Shard", *retrieve)
+    assert (counts[0], max(counts), shares) == (0, MOST, MOST)
+    result = json.loads((folder / "storage" / "batch_retrieve" / "held" / "result.json").read_text())
+    assert (result["num_answered"], result["num_parts"]) == (90, 3)
     until_none_is_left()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
 import shutil
 import socket
@@ -15,7 +17,9 @@ from pathlib import Path
 import network
 import processes
 import psutil
+import pyarrow.parquet as pq
 import pytest
+import ray_nodes
 import requests
 
 from cir_core.embedding_store import EmbeddingStore
@@ -47,7 +51,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIR_RUN_DIR", str(run_dir / "network"))  # as the command sets it for itself
         try:
-            done = command(run_dir, "up", "--workers", "3")
+            done = command(run_dir, "up", "--workers", "3", "--num-cpus", "3")
             assert done.returncode == 0, done.stderr
             yield run_dir
         finally:
@@ -148,7 +152,7 @@ def test_a_job_survives_a_lost_node_and_one_that_is_cut_off(folder, tmp_path_fac
     assert faults.num_rows == NUM_PAIRS
     assert [part.sha256 for part in faults.parts] == [part.sha256 for part in whole.parts]
 
-    assert command(folder, "up", "--workers", "3").returncode == 0  # a new machine for each
+    assert command(folder, "up", "--workers", "3", "--num-cpus", "3").returncode == 0  # a new machine for each
     wait_until(lambda: len(alive()) == 3, 200)
 
     def cut_off_training() -> None:
@@ -160,3 +164,43 @@ def test_a_job_survives_a_lost_node_and_one_that_is_cut_off(folder, tmp_path_fac
     runs = folder / "network" / "storage" / "tat_train"
     first, second = (runs / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "faults"))
     assert hashlib.sha256(second.read_bytes()).digest() == hashlib.sha256(first.read_bytes()).digest()
+
+
+def trainers() -> int:
+    found = ray_nodes.listed(network.URL, "actors", token=network.token_file().read_text())
+    return sum("RayTrainWorker" in actor["class_name"] for actor in found)
+
+
+def test_training_shrinks_with_a_lost_node_and_grows_with_a_new_one(folder, tmp_path):
+    """Every sample of every epoch goes through one step, whatever the number of workers was at the time."""
+    epochs, batch = 60, 100
+    write_pairs(str(tmp_path), NUM_PAIRS, shard_rows=100)
+    assert command(folder, "up", "--workers", "3", "--num-cpus", "3").returncode == 0
+    wait_until(lambda: len(alive()) == 3, 200)
+    train = ["jobs/tat_train.py", "--data", str(tmp_path), "--name", "elastic", "--epochs", str(epochs), "--num_workers", "[1,3]",
+             "--cpus_per_worker", "2", "--global_batch_size", str(batch), "--checkpoint_every_steps", "50",
+             "--log_every_steps", "10", "--record_samples", "true", "--max_failures", "-1"]  # fmt: skip
+    run = folder / "network" / "storage" / "tat_train" / "elastic"
+
+    def checkpoints() -> set[str]:
+        return {path.parent.name for path in run.glob("state/step-*/state.safetensors")}
+
+    def lose_one_and_bring_one() -> None:
+        wait_until(lambda: trainers() == 3 and bool(checkpoints()), 300)
+        command(folder, "kill", busy("ray::RayTrainWorker"))
+        wait_until(lambda: trainers() == 2, 200)
+        known = checkpoints()
+        wait_until(lambda: bool(checkpoints() - known), 200)
+        assert command(folder, "up", "--workers", "3", "--num-cpus", "3").returncode == 0
+        wait_until(lambda: trainers() == 3, 300)
+
+    finished(folder, *train, meanwhile=lose_one_and_bring_one)
+    result = json.loads((run / "result.json").read_text())
+    steps = epochs * NUM_PAIRS // batch
+    assert result["steps"] == steps
+    assert [count for count, _ in itertools.groupby(row["num_workers"] for row in result["history"])] == [3, 2, 3]
+    seen = [row for path in sorted(run.glob("samples/*.parquet")) for row in pq.read_table(path).to_pylist()]
+    epoch_steps = steps // epochs
+    assert (
+        len(seen) == len({(row["step"] // epoch_steps, row["shard"], row["key"]) for row in seen}) == epochs * NUM_PAIRS
+    )

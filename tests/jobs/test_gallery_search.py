@@ -82,7 +82,7 @@ def test_a_gallery_of_some_rows(store, tile):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [3])
 def test_any_number_of_shards_and_killed_ones_give_the_same_lists(connected, store, tile, num_shards, monkeypatch):
-    monkeypatch.setattr(gallery_search, "_ACTOR_ROWS", 0)
+    monkeypatch.setattr(gallery_search, "_ACTOR_BYTES", 0)
     search = GallerySearch(Gallery(store), num_shards)
     assert len(search.actors) == num_shards
     check(ray.get(search.start(tile, SETTINGS, K)), store, tile)
@@ -140,7 +140,7 @@ def test_shares_that_do_not_fit_are_told_before_work_starts(sizes, memory, limit
 
 @pytest.mark.slow
 def test_a_held_share_reserves_its_memory(connected, store, tile, monkeypatch):
-    monkeypatch.setattr(gallery_search, "_ACTOR_ROWS", 0)
+    monkeypatch.setattr(gallery_search, "_ACTOR_BYTES", 0)
     monkeypatch.setattr(gallery_search, "_HELD_BYTES", 20_000)  # 1.3 GB in all
     before = ray.available_resources()["memory"]
     search = GallerySearch(Gallery(store), 2)
