@@ -30,7 +30,7 @@ CONFIG = {
     "idle_timeout_minutes": 0.2,
     "provider": {
         "type": "external",  # the wheel lacks the defaults of "fake_multinode"
-        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "module": "fake_nodes.NodesWithMemory",
         "use_node_id_as_ip": True,
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
@@ -59,6 +59,7 @@ VARIABLES = {
     "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "PYTHONPATH": str(Path(__file__).parent),
 }
 
 pytestmark = [
