@@ -21,7 +21,6 @@ from cir_core.embedding_store import EmbeddingStore, IdIndex
 from cir_core.schema import Query
 
 _ACTOR_ROWS = 100_000  # below, reading takes less than an actor's start
-_ID_BYTES = 64  # a row in an actor's memory, with an id of 40 characters
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,9 @@ class StoreIds:
 
     def __init__(self, store: str, shares: Sequence[list[int]], *, num_tiles: int) -> None:
         self.store, self.shares = store, shares
-        opened = EmbeddingStore.open(store)
         self.actors: list[Any] = []
-        if num_tiles > 1 and opened.num_rows >= _ACTOR_ROWS:
-            rows = {part.index: part.num_rows for part in opened.parts}
-            self.actors = [
-                _Actor.options(memory=_ID_BYTES * sum(rows[part] for part in share)).remote(store, share, hold=True)
-                for share in shares
-            ]
+        if num_tiles > 1 and EmbeddingStore.open(store).num_rows >= _ACTOR_ROWS:
+            self.actors = [_Actor.remote(store, share, hold=True) for share in shares]
 
     def look_up(self, queries: Any) -> list[Any]:
         """Return a reference for each share: the references and the subsets' members of the queries that it holds."""

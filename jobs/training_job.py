@@ -31,6 +31,7 @@ from jobs.start_up import StartUp
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable, steps_done
 from jobs.text_anchors import run_anchors
 from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards, steps_in_memory
+from jobs.training_network import NodesTorchConfig
 from jobs.training_worker import LoopSettings, MistakesAreFinal, train_worker
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, pre
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
+        torch_config=NodesTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.use_gpu, resources_per_worker=resources
         ),

@@ -173,12 +173,12 @@ def trainers() -> int:
 
 def test_training_shrinks_with_a_lost_node_and_grows_with_a_new_one(folder, tmp_path):
     """Every sample of every epoch goes through one step, whatever the number of workers was at the time."""
-    epochs, batch = 60, 100
+    epochs, batch = 12, 100
     write_pairs(str(tmp_path), NUM_PAIRS, shard_rows=100)
     assert command(folder, "up", "--workers", "3", "--num-cpus", "3").returncode == 0
     wait_until(lambda: len(alive()) == 3, 200)
     train = ["jobs/tat_train.py", "--data", str(tmp_path), "--name", "elastic", "--epochs", str(epochs), "--num_workers", "[1,3]",
-             "--cpus_per_worker", "2", "--global_batch_size", str(batch), "--checkpoint_every_steps", "50",
+             "--cpus_per_worker", "2", "--global_batch_size", str(batch), "--checkpoint_every_steps", "25",
              "--log_every_steps", "10", "--record_samples", "true", "--max_failures", "-1"]  # fmt: skip
     run = folder / "network" / "storage" / "tat_train" / "elastic"
 
