@@ -173,7 +173,7 @@ def trainers() -> int:
 
 def test_training_shrinks_with_a_lost_node_and_grows_with_a_new_one(folder, tmp_path):
     """Every sample of every epoch goes through one step, whatever the number of workers was at the time."""
-    epochs, batch = 12, 100
+    epochs, batch = 8, 100
     write_pairs(str(tmp_path), NUM_PAIRS, shard_rows=100)
     assert command(folder, "up", "--workers", "3", "--num-cpus", "3").returncode == 0
     wait_until(lambda: len(alive()) == 3, 200)
