@@ -94,7 +94,7 @@ def test_one_share_merges_nothing():
 
 
 def test_constants_are_those_of_the_search():
-    assert sizing._FAN_IN == gallery_search._FAN_IN
+    assert sizing._FAN_IN == gallery_search.FAN_IN
     assert BatchRetrieveConfig.model_fields["queries_per_part"].default == sizing.Sizing.tile
     assert gallery_search._HELD_BYTES == 4
 
