@@ -26,7 +26,7 @@ from cir_core import files
 from cir_core.composition import query_weights
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.schema import CirError
-from cir_core.search import TopK, merge_top_k
+from cir_core.search import TopK
 from cir_core.search.approximate import (
     IndexSettings,
     ShardIndex,
@@ -36,7 +36,7 @@ from cir_core.search.approximate import (
 )
 from cir_core.search.faiss_index import import_faiss
 from cir_core.search.index_files import load_arrays, save_arrays
-from jobs.gallery_search import Gallery, Setting, Tile
+from jobs.gallery_search import Gallery, Setting, Tile, merged
 from jobs.session import say
 from jobs.storage import absolute
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 FOR_APPROXIMATE = (
     "nlist", "train_rows", "nprobe", "hnsw_m", "ef_construction", "ef_search", "recall_queries",
 )  # fmt: skip
-_FAN_IN = 8  # lists merged by one task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +195,6 @@ class IndexWorker:
         return self.plan.gallery.blocks(share.parts)
 
 
-@ray.remote(num_cpus=0.5, max_retries=5)
-def _merge_found(k: int, *found: dict[Setting, TopK]) -> dict[Setting, TopK]:
-    return {key: merge_top_k([part[key] for part in found], k) for key in found[0]}
-
-
 def _actor(number: int) -> Any:
     """Return the class of the n-th worker, to run on one node after the other, a head without CPUs left out.
 
@@ -236,9 +230,7 @@ class ApproximateSearch:
     def start(self, tile: Any, settings: list[Setting], k: int) -> Any:
         """Start the search of a tile (or a reference to one); return a reference to {setting: TopK}."""
         found = [self._worker(number).search.remote(number, tile, settings, k) for number in range(len(self.shares))]
-        while len(found) > 1:
-            found = [_merge_found.remote(k, *found[start : start + _FAN_IN]) for start in range(0, len(found), _FAN_IN)]
-        return found[0]
+        return merged(found, k)
 
     def close(self) -> None:
         """End the workers."""

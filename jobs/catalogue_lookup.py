@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,10 @@ class Found:
 
 
 class ShareIds:
-    """The ids of some parts of a store. hold: read them once and keep them in memory, else only what is asked for."""
+    """The ids of some parts of a store, read when first asked for."""
 
-    def __init__(self, store: str, parts: list[int], *, hold: bool) -> None:
+    def __init__(self, store: str, parts: list[int]) -> None:
         self.store, self.parts = EmbeddingStore.open(store), parts
-        self._index: IdIndex | None = None
-        self._hold = hold
 
     def look_up(self, queries: tuple[Query, ...]) -> tuple[Found, Found]:
         """Find the queries' references, with embeddings, and the members of their subsets in these parts."""
@@ -47,22 +46,16 @@ class ShareIds:
         return references, self._find(members, embeddings=False)
 
     def _find(self, ids: Sequence[str], *, embeddings: bool) -> Found:
-        if not ids:
-            return Found([], np.empty(0, np.int64), np.empty(0))
-        if not self._hold:
-            return Found(*self.store.find(ids, self.parts, embeddings=embeddings))
-        names, rows = self._held().rows_of(ids)
+        names, rows = self._index.rows_of(ids)
         return Found(names, rows, self.store.embeddings_at(rows) if embeddings else np.empty(0))
 
     def names_of(self, rows: npt.NDArray[np.int64]) -> pa.Array:
         """Return the ids of those of the rows, rising, that are in these parts."""
-        needed = sorted(set(self.store.parts_of(rows)) & set(self.parts)) if not self._hold else []
-        return (self._held() if self._hold else IdIndex(self.store, needed)).ids_of(rows)[1]
+        return self._index.ids_of(rows)[1]
 
-    def _held(self) -> IdIndex:
-        if self._index is None:
-            self._index = IdIndex(self.store, self.parts)
-        return self._index
+    @cached_property
+    def _index(self) -> IdIndex:
+        return IdIndex(self.store, self.parts)
 
 
 _Actor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(ShareIds)
@@ -70,12 +63,13 @@ _Actor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduli
 
 @ray.remote(num_cpus=1, max_retries=5)
 def _look_up(store: str, parts: list[int], queries: tuple[Query, ...]) -> tuple[Found, Found]:
-    return ShareIds(store, parts, hold=False).look_up(queries)
+    return ShareIds(store, parts).look_up(queries)
 
 
 @ray.remote(num_cpus=1, max_retries=5)
 def _names_of(store: str, parts: list[int], rows: npt.NDArray[np.int64]) -> pa.Array:
-    return ShareIds(store, parts, hold=False).names_of(rows)
+    needed = set(EmbeddingStore.open(store).parts_of(rows)) & set(parts)
+    return ShareIds(store, sorted(needed)).names_of(rows)
 
 
 @ray.remote(num_cpus=1, max_retries=5)
@@ -94,7 +88,7 @@ class StoreIds:
         self.store, self.shares = store, shares
         self.actors: list[Any] = []
         if num_tiles > 1 and EmbeddingStore.open(store).num_rows >= _ACTOR_ROWS:
-            self.actors = [_Actor.remote(store, share, hold=True) for share in shares]
+            self.actors = [_Actor.remote(store, share) for share in shares]
 
     def look_up(self, queries: Any) -> list[Any]:
         """Return a reference for each share: the references and the subsets' members of the queries that it holds."""
@@ -109,6 +103,6 @@ class StoreIds:
         return [_names_of.remote(self.store, share, rows) for share in self.shares]
 
     def close(self) -> None:
-        """End the actors: what they reserve is free at once, also after an error."""
+        """End the actors: their memory is free at once, also after an error."""
         for actor in self.actors:
             ray.kill(actor)

@@ -186,6 +186,13 @@ def _merge(k: int, *found: dict[Setting, TopK]) -> dict[Setting, TopK]:
     return {key: merge_top_k([part[key] for part in found], k) for key in found[0]}
 
 
+def merged(found: Sequence[Any], k: int) -> Any:
+    """Merge references to shares' lists by tasks, as a tree; return a reference to the lists of all."""
+    while len(found) > 1:
+        found = [_merge.remote(k, *found[start : start + FAN_IN]) for start in range(0, len(found), FAN_IN)]
+    return found[0]
+
+
 class GallerySearch:
     """Searches one gallery in `num_shards` shares, as actors that hold theirs, or in tasks.
 
@@ -224,6 +231,4 @@ class GallerySearch:
             found = [
                 _search_once.remote(self.gallery, share, self.memory_gb, tile_ref, settings, k) for share in self.shares
             ]
-        while len(found) > 1:
-            found = [_merge.remote(k, *found[start : start + FAN_IN]) for start in range(0, len(found), FAN_IN)]
-        return found[0]
+        return merged(found, k)

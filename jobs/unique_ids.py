@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +26,9 @@ def drop_duplicates(writer: EmbeddingWriter, parts: Mapping[int, PartInfo]) -> d
     if num_rows <= _TASK_ROWS:
         return writer.drop_duplicates(parts)
     groups = list(_groups([part for _, part in sorted(parts.items())]))
-    count = -(-num_rows // _RANGE_ROWS)
+    count = max(2, -(-num_rows // _RANGE_ROWS))
     bounds = [(number << 64) // count for number in range(1, count)]
     hashed = [_hashes.options(num_returns=count).remote(writer, group, bounds) for group in groups]
-    hashed = [[one] for one in hashed] if count == 1 else hashed
     suspects = np.concatenate(ray.get([_repeated.remote(*ranges) for ranges in zip(*hashed, strict=True)]))
     if not len(suspects):
         return dict(parts)
@@ -54,12 +52,11 @@ def _groups(parts: Sequence[PartInfo]) -> Iterator[list[PartInfo]]:
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def _hashes(writer: EmbeddingWriter, parts: list[PartInfo], bounds: Sequence[int]) -> Any:
-    """Return the hashes of the parts' ids, an array for each range of values between the bounds."""
+def _hashes(writer: EmbeddingWriter, parts: list[PartInfo], bounds: Sequence[int]) -> list[Hashes]:
+    """Return the hashes of the parts' ids, rising, an array for each range of values between the bounds."""
     store = writer.uncommitted(parts)
     everything = np.sort(np.concatenate([part_hashes(store, part.index) for part in parts]))
-    cut = np.split(everything, np.searchsorted(everything, np.array(bounds, np.uint64)))
-    return cut[0] if len(cut) == 1 else cut
+    return np.split(everything, np.searchsorted(everything, np.array(bounds, np.uint64)))
 
 
 @ray.remote(num_cpus=1, max_retries=5)

@@ -13,13 +13,12 @@ from cir_core.embedding_store.read import EmbeddingStore
 from cir_core.embedding_store.unique import hash_ids
 
 _READERS = 32  # parts whose ids are read at once
-ROW_BYTES = 24
-"""Memory of a row besides its id's own bytes: an offset, a hash, a place in the hashes' order."""
 
 
 class IdIndex:
     """The ids of some parts, by row and by id. Rows are the store's, int64.
 
+    A row takes 24 bytes and its id's own: an offset, a hash, a place in the order of the hashes.
     parts: their numbers, None for all. Raises CirError for a part that does not exist or cannot be read.
     """
 

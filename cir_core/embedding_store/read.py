@@ -139,7 +139,10 @@ class EmbeddingStore:
         return [self.parts[place].index for place in np.unique(np.searchsorted(ends, flat, "right"))]
 
     def ids_at(self, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.object_]:
-        """Return the ids of global row numbers as an object array of the same shape; reads the parts that hold one."""
+        """Return the ids of global row numbers as an object array of the same shape; reads the parts that hold one.
+
+        Raises CirError for a row there is not and for a damaged part.
+        """
         flat = np.asarray(rows).reshape(-1)
         order = np.argsort(flat, kind="stable")
         found = np.empty(flat.size, dtype=object)
@@ -150,7 +153,10 @@ class EmbeddingStore:
         return found.reshape(np.shape(rows))
 
     def embeddings_at(self, rows: npt.NDArray[np.integer[Any]]) -> Embeddings:
-        """Return the embeddings [n, D] of global row numbers [n]; reads only the row groups that hold one."""
+        """Return the embeddings [n, D] of global row numbers [n]; reads only the row groups that hold one.
+
+        Raises CirError for a row there is not and for a damaged part.
+        """
         found = np.empty((len(rows), self.manifest.spec.dim), self.manifest.spec.dtype)
 
         def read(index: int) -> None:

@@ -1,6 +1,7 @@
 """The text tower without the padding: captions are a dozen tokens, and a tower made for 77 computes all of them.
 
-In CLIP's text tower a token sees those before it and no later one, and the embedding is read at the end-of-text token.
+In CLIP's text tower a token sees those before it and no later one, and the embedding is read at the end-of-text token
+(arXiv 2103.00020, section 2.4).
 What stands behind the longest text of a batch therefore decides nothing and is cut off before the tower runs.
 """
 
@@ -16,7 +17,10 @@ _MULTIPLE = 8  # lengths that a GPU's matrix units like, and few different ones
 
 
 def encode_tokens(model: TwoTowerModel, tokens: Tensor) -> Tensor:
-    """int64[B, L] on the model's device -> [B, D], not normalised: `model.encode_text`, equal to rounding."""
+    """int64[B, L] on the model's device -> [B, D], not normalised, in the type that the model computes in.
+
+    `model.encode_text`, equal to rounding; exactly that for towers that read the padding. B is at least 1.
+    """
     causal = type(model) is CLIP and model.attn_mask is not None  # open_clip has this one mask, or none
     if not causal or model.text_pool_type not in ("argmax", "eos"):
         features: Tensor = model.encode_text(tokens, normalize=False)

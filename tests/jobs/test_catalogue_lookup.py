@@ -52,9 +52,8 @@ def check(found, names, uri):
     assert pa.chunked_array(names, pa.large_string()).to_pylist() == opened.ids_at(ROWS).tolist()
 
 
-@pytest.mark.parametrize("hold", [True, False])
-def test_ids_that_are_held_and_ids_that_are_read_agree(store, hold):
-    shares = [ShareIds(store, share, hold=hold) for share in SHARES]
+def test_shares_answer_what_they_hold(store):
+    shares = [ShareIds(store, share) for share in SHARES]
     for _ in range(2):
         check([one.look_up(QUERIES) for one in shares], [one.names_of(ROWS) for one in shares], store)
 
@@ -63,11 +62,20 @@ def test_held_ids_are_read_once(store, monkeypatch):
     reads = []
     real = EmbeddingStore.iter_ids
     monkeypatch.setattr(EmbeddingStore, "iter_ids", lambda self, parts=None: reads.append(parts) or real(self, parts))
-    share = ShareIds(store, [0, 2], hold=True)
+    share = ShareIds(store, [0, 2])
     for _ in range(3):
         share.look_up(QUERIES)
         share.names_of(ROWS)
     assert sorted(reads) == [[0], [2]]
+
+
+def test_a_task_reads_the_parts_that_hold_a_row(store, monkeypatch):
+    reads = []
+    real = EmbeddingStore.iter_ids
+    monkeypatch.setattr(EmbeddingStore, "iter_ids", lambda self, parts=None: reads.append(parts) or real(self, parts))
+    names = catalogue_lookup._names_of._function(store, [0, 2], np.array([1, 299, 396], np.int64))
+    assert names.to_pylist() == ["0-1", "0-299"]
+    assert reads == [[0]]
 
 
 @pytest.mark.slow
