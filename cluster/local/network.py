@@ -9,9 +9,9 @@
 
 A node is a network and process namespace on a bridge, which takes Linux and root. It gets what the manifests in
 cluster/kubernetes/base give a pod, and nothing else of this shell: the environment of settings.yaml, ports, labels, the
-cluster's token; and what network_policies.yaml lets through: nodes to nodes, nodes to MLflow, this machine to the
-dashboard's port of the head and to nothing else. Different from a pod: processes are root, storage is a folder that all
-nodes see, and the object store is small.
+cluster's token; and the packets that network_policies.yaml lets through, where this machine stands for MLflow and for a
+submitter of jobs. Different from a pod: processes are root, storage is a folder that all nodes see, and the object store
+is small.
 
 The run folder is `network` in CIR_RUN_DIR (.run); the token is there, readable for its owner alone.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from network_policies import let_through
 from processes import (
     BIN,
     ROOT,
@@ -56,6 +57,15 @@ _HEAD = str(NETWORK[10])
 URL = f"http://{_HEAD}:{DASHBOARD}"
 _OBJECT_STORE_BYTES = 300_000_000
 _MOST_WORKERS = 200
+_NODES = f"{_HEAD}-{NETWORK[10 + _MOST_WORKERS]}"
+_IS_NODE = ("ray.io/is-ray-node", "yes")
+# Whom a podSelector of the network policies means here, as a range of addresses.
+_WHO = {
+    _IS_NODE: _NODES,
+    ("ray.io/node-type", "head"): f"{_HEAD}-{_HEAD}",
+    ("app.kubernetes.io/name", "mlflow"): f"{_HERE}-{_HERE}",
+    ("slerp-tat/role", "submitter"): f"{_HERE}-{_HERE}",
+}
 # What a container has of its own. The arguments are the command.
 _IN_NODE = 'mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 
@@ -91,16 +101,16 @@ def _plug_in(name: str) -> None:
     _in(name, "ip", "link", "set", "lo", "up")
     _in(name, "ip", "address", "add", f"{_address(name)}/{NETWORK.prefixlen}", "dev", "eth0")
     _in(name, "ip", "link", "set", "eth0", "up")
-    nodes = f"{_HEAD}-{NETWORK[10 + _MOST_WORKERS]}"
-    for chain, whose in (("INPUT", "src"), ("OUTPUT", "dst")):
+    for chain, interface in (("INPUT", "-i"), ("OUTPUT", "-o")):
         _in(name, "iptables", "-P", chain, "DROP")
-        loopback = ("-i", "lo") if chain == "INPUT" else ("-o", "lo")
-        _in(name, "iptables", "-A", chain, *loopback, "-j", "ACCEPT")
+        _in(name, "iptables", "-A", chain, interface, "lo", "-j", "ACCEPT")
         _in(name, "iptables", "-A", chain, "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT")
-        _in(name, "iptables", "-A", chain, "-m", "iprange", f"--{whose}-range", nodes, "-j", "ACCEPT")
-    _in(name, "iptables", "-A", "OUTPUT", "-d", _HERE, "-p", "tcp", "--dport", str(MLFLOW), "-j", "ACCEPT")
-    if name == "head":
-        _in(name, "iptables", "-A", "INPUT", "-s", _HERE, "-p", "tcp", "--dport", str(DASHBOARD), "-j", "ACCEPT")
+    labels = dict([_IS_NODE, ("ray.io/node-type", "head" if name == "head" else "worker")])
+    policies = yaml.safe_load_all((_MANIFESTS / "network_policies.yaml").read_text())
+    for way in let_through(labels, policies, _WHO):
+        chain, which = ("INPUT", "--src-range") if way.incoming else ("OUTPUT", "--dst-range")
+        port = ("-p", way.protocol.lower(), "--dport", str(way.port)) if way.port else ()
+        _in(name, "iptables", "-A", chain, "-m", "iprange", which, way.addresses, *port, "-j", "ACCEPT")
 
 
 def _pull_out(name: str) -> None:
