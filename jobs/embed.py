@@ -42,7 +42,7 @@ class EmbedConfig(JobConfig):
     batch_size: PositiveInt = Field(256, description="Images per encoder call.")
     num_encoders: PositiveInt = Field(1, description="Actors that hold the model.")
     encoder_threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="Threads of an encoder on the CPU; 0: the cores of its machine."
+        0, description="Threads of an encoder on the CPU; 0: the CPUs of its node. The result is the same."
     )
     use_gpu: bool = Field(False, description="One GPU per encoder.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on CPU.")

@@ -29,6 +29,7 @@ from cir_core.encoders import load_encoder
 from cir_core.schema import Reject, UnreadableError
 from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
 from jobs.decoding import Decoded, Picture, decode_images
+from jobs.encoding import EncoderCalls
 from jobs.progress import Meter, StageMetrics
 from jobs.session import node_cpus
 
@@ -157,10 +158,9 @@ class ShardEmbedder:
     def __init__(self, plans: list[EmbedPlan], board: ray.actor.ActorHandle | None = None) -> None:
         self.plans, self.board = plans, board
         self.metrics = StageMetrics("embed", "rows", "rejects", "megabytes")
-        self._setting_up, self._encoding = threading.Lock(), threading.Lock()
+        self._setting_up = threading.Lock()
         self._sessions: dict[int, _Session] = {}
-        if not plans[0].use_gpu:  # Ray gives an actor of half a core one thread
-            torch.set_num_threads(plans[0].encoder_threads or node_cpus())
+        self._encoded = EncoderCalls(use_gpu=plans[0].use_gpu, threads=plans[0].encoder_threads or node_cpus())
 
     def _session(self, number: int) -> _Session:
         with self._setting_up:
@@ -231,9 +231,9 @@ class ShardEmbedder:
         self, session: _Session, part: PartWriter, rows: list[Row], images: np.ndarray[Any, Any], meter: Meter
     ) -> None:
         captions = [row.caption for row in rows]
-        with meter.stage("encode"), self._encoding:
-            embeddings = session.encoder.encode_images(torch.from_numpy(images.copy())).cpu().numpy()
-            texts = session.encoder.encode_texts(captions).cpu().numpy() if session.plan.captions == "embed" else None
+        with meter.stage("encode"):
+            embeddings = self._encoded(session.encoder.encode_images, torch.from_numpy(images.copy()))
+            texts = self._encoded(session.encoder.encode_texts, captions) if session.plan.captions == "embed" else None
         with meter.stage("write"):
             columns = {} if session.plan.captions == "no" else {"caption": captions}
             part.add([session.row_id(row) for row in rows], embeddings, columns=columns, caption_embeddings=texts)

@@ -105,10 +105,9 @@ class CaptionEmbedder:
     """An actor that turns the captions of shards into parts, batch by batch; it never holds an image."""
 
     def __init__(self, plan: AnchorPlan, num_actors: int) -> None:
-        if not plan.use_gpu:
-            import torch
+        from jobs.encoding import EncoderCalls  # imports torch, which a driver has no use for
 
-            torch.set_num_threads(max(1, node_cpus() // num_actors))
+        self._encoded = EncoderCalls(use_gpu=plan.use_gpu, threads=max(1, node_cpus() // num_actors))
         self.plan, self.writer = plan, plan.writer()
         device = "cuda" if plan.use_gpu else "cpu"
         self.encoder = load_encoder(plan.model, plan.pretrained, device=device, precision=plan.precision)
@@ -129,7 +128,7 @@ class CaptionEmbedder:
         with self.writer.part(number, columns=["caption"]) as part:
             while batch := list(itertools.islice(pairs, _BATCH_ROWS)):
                 captions = [caption for _, caption in batch]
-                anchors = self.encoder.encode_texts(captions).cpu().numpy()
+                anchors = self._encoded(self.encoder.encode_texts, captions)
                 part.add([key for key, _ in batch], anchors, columns={"caption": captions})
             if part.num_rows != index.num_samples:
                 raise CirError(
