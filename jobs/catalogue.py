@@ -108,16 +108,16 @@ class QueryEncoder:
             )
         return self._loaded
 
-    def encode(
-        self, run: CatalogueRun, where: str, queries: tuple[Query, ...], *found: tuple[Found, Found]
-    ) -> tuple[Tile, Prepared]:
+    def encode(self, run: CatalogueRun, where: str, queries: tuple[Query, ...], *found: Any) -> tuple[Tile, Prepared]:
         """Make the tile of a part. where: its file, for rejects. A rejected query keeps its place, with its text as image.
+
+        found: what `StoreIds.look_up` returned.
 
         Raises:
             CirError: an id that is neither in the store nor a picture; a picture that cannot be used, if none may be.
         """
-        held, vectors = _merged([references for references, _ in found])
-        members, _ = _merged([members for _, members in found])
+        held, members = _rows_by_id(found[0::3]), _rows_by_id(found[1::3])
+        vectors = dict(zip(held, torch.from_numpy(np.concatenate(found[2::3]).astype(np.float32)), strict=True))
         _check_found(queries, held.keys(), members.keys())
         captions = [query.relative_caption for query in queries]
         texts = self.encoder.encode_texts(captions).cpu()
@@ -180,15 +180,8 @@ def started_ahead(items: Iterable[Item], start: Callable[[Item], Any], limit: in
         yield item, ray.get(ref)
 
 
-def _merged(parts: Sequence[Found]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
-    """Return {id: row} and {id: embedding}, where there are some, of all shares."""
-    rows = {name: int(row) for part in parts for name, row in zip(part.names, part.rows, strict=True)}
-    vectors = {
-        name: torch.from_numpy(vector.astype(np.float32))
-        for part in parts
-        for name, vector in zip(part.names, part.embeddings, strict=False)
-    }
-    return rows, vectors
+def _rows_by_id(shares: Sequence[Found]) -> dict[str, int]:
+    return {name: int(row) for share in shares for name, row in zip(share.names, share.rows, strict=True)}
 
 
 def _check_found(queries: Sequence[Query], held: Any, members: Any) -> None:

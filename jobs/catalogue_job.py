@@ -236,7 +236,8 @@ def _answer_all(
     encoders = [pool.remote(choice) for _ in range(min(config.num_encoders, len(todo)))]
     per_part = [part.num_queries for part in checked.parts]
     sizes = sample_sizes(per_part, plan.recall_queries, plan.seed) if plan else {}
-    ids = StoreIds(run.store, search.shares, num_tiles=len(todo))
+    holders = search.actors if isinstance(search, GallerySearch) else ()
+    ids = StoreIds(run.store, search.shares, num_tiles=len(todo), holders=holders)
     pipeline = PartPipeline(run, search, ids, encoders, sizes, config.seed)
     started, last, answered = time.perf_counter(), 0.0, 0
     try:

@@ -2,7 +2,8 @@
 
 Every part asks which rows its references have and, once it is searched, which ids its lists have: at a billion images, 20 GB
 of ids in 100,000 files. So each share of the store has an actor that reads its ids once and holds them; for few parts or a
-small store tasks read them.
+small store tasks read them. Likewise its references' embeddings: a row group in storage each, or a row of a share that the
+search holds in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from cir_core.benchmarks import QuerySlice, read_query_slice
-from cir_core.embedding_store import EmbeddingStore, IdIndex
+from cir_core.embedding_store import Embeddings, EmbeddingStore, IdIndex
 from cir_core.schema import Query
 
 _ACTOR_ROWS = 100_000  # below, reading takes less than an actor's start
@@ -26,11 +27,10 @@ _ACTOR_ROWS = 100_000  # below, reading takes less than an actor's start
 
 @dataclass(frozen=True)
 class Found:
-    """Ids that a share of the store holds, their rows [n], and their embeddings [n, D], where those are wanted."""
+    """Ids that a share of the store holds, and their rows [n]."""
 
     names: list[str]
     rows: npt.NDArray[np.int64]
-    embeddings: np.ndarray[Any, Any]
 
 
 class ShareIds:
@@ -39,15 +39,15 @@ class ShareIds:
     def __init__(self, store: str, parts: list[int]) -> None:
         self.store, self.parts = EmbeddingStore.open(store), parts
 
-    def look_up(self, queries: tuple[Query, ...]) -> tuple[Found, Found]:
-        """Find the queries' references, with embeddings, and the members of their subsets in these parts."""
-        members = [name for query in queries for name in query.subset_ids]
-        references = self._find([query.reference_id for query in queries], embeddings=True)
-        return references, self._find(members, embeddings=False)
+    def look_up(self, queries: tuple[Query, ...]) -> tuple[Found, Found, npt.NDArray[np.int64]]:
+        """Find the queries' references and the members of their subsets in these parts; the references' rows once more."""
+        references = Found(*self._index.rows_of([query.reference_id for query in queries]))
+        members = Found(*self._index.rows_of([name for query in queries for name in query.subset_ids]))
+        return references, members, references.rows
 
-    def _find(self, ids: Sequence[str], *, embeddings: bool) -> Found:
-        names, rows = self._index.rows_of(ids)
-        return Found(names, rows, self.store.embeddings_at(rows) if embeddings else np.empty(0))
+    def embeddings_at(self, rows: npt.NDArray[np.int64]) -> Embeddings:
+        """Return the embeddings [n, D] of rows [n]."""
+        return self.store.embeddings_at(rows)
 
     def names_of(self, rows: npt.NDArray[np.int64]) -> pa.Array:
         """Return the ids of those of the rows, rising, that are in these parts."""
@@ -61,9 +61,14 @@ class ShareIds:
 _Actor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(ShareIds)
 
 
-@ray.remote(num_cpus=1, max_retries=5)
-def _look_up(store: str, parts: list[int], queries: tuple[Query, ...]) -> tuple[Found, Found]:
+@ray.remote(num_cpus=1, num_returns=3, max_retries=5)
+def _look_up(store: str, parts: list[int], queries: tuple[Query, ...]) -> tuple[Found, Found, npt.NDArray[np.int64]]:
     return ShareIds(store, parts).look_up(queries)
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def _embeddings_at(store: str, rows: npt.NDArray[np.int64]) -> Embeddings:
+    return EmbeddingStore.open(store).embeddings_at(rows)
 
 
 @ray.remote(num_cpus=1, max_retries=5)
@@ -82,19 +87,28 @@ class StoreIds:
     """Rows by id and ids by row of a whole store, asked share by share; arguments and results are references.
 
     shares: the parts of each share. num_tiles: how often will be asked; actors are worth their start for several times.
+    holders: actors that hold the embeddings of these shares, share by share, where there are some.
     """
 
-    def __init__(self, store: str, shares: Sequence[list[int]], *, num_tiles: int) -> None:
-        self.store, self.shares = store, shares
+    def __init__(self, store: str, shares: Sequence[list[int]], *, num_tiles: int, holders: Sequence[Any] = ()) -> None:
+        self.store, self.shares, self.holders = store, shares, holders
         self.actors: list[Any] = []
         if num_tiles > 1 and EmbeddingStore.open(store).num_rows >= _ACTOR_ROWS:
             self.actors = [_Actor.remote(store, share) for share in shares]
 
     def look_up(self, queries: Any) -> list[Any]:
-        """Return a reference for each share: the references and the subsets' members of the queries that it holds."""
+        """Return three references for each share: what it holds of the queries' references, as `Found`; of the members of
+        their subsets; and its references' embeddings."""
         if self.actors:
-            return [actor.look_up.remote(queries) for actor in self.actors]
-        return [_look_up.remote(self.store, share, queries) for share in self.shares]
+            found = [actor.look_up.options(num_returns=3).remote(queries) for actor in self.actors]
+        else:
+            found = [_look_up.remote(self.store, share, queries) for share in self.shares]
+        holders = self.holders or self.actors
+        if holders:
+            vectors = [one.embeddings_at.remote(rows) for one, (_, _, rows) in zip(holders, found, strict=True)]
+        else:
+            vectors = [_embeddings_at.remote(self.store, rows) for _, _, rows in found]
+        return [ref for one, held in zip(found, vectors, strict=True) for ref in (*one[:2], held)]
 
     def names_of(self, rows: Any) -> list[Any]:
         """Return a reference for each share: the ids of those of the rows that it holds. One after the other: of all rows."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cir_core.composition import compose_gallery, query_weights, takes_alpha
-from cir_core.embedding_store import EmbeddingStore
+from cir_core.embedding_store import Embeddings, EmbeddingStore
 from cir_core.schema import CirError
 from cir_core.search import (
     PreparedGallery,
@@ -116,14 +117,14 @@ class Shard:
         self, gallery: Gallery, parts: list[int], memory_gb: float, *, keep: bool, neighbours: int = 0
     ) -> None:
         self.gallery, self.parts = gallery, parts
-        spec_dim, budget = EmbeddingStore.open(gallery.uri).manifest.spec.dim, memory_gb * 1e9
+        spec_dim, budget = self._store.manifest.spec.dim, memory_gb * 1e9
         # float16 as stored, twice that where captions are composed in, and float32 at worst of what is gathered
         self.block_rows = int(max(1024, min(65_536, budget / 4 / (spec_dim * 4))))
         (held,) = gallery.held_bytes([parts])
         self.keep = keep and held <= budget
         if neighbours:
             torch.set_num_threads(_threads_here(neighbours, held if self.keep else 0))
-        self._held: list[tuple[int, PreparedGallery]] | None = None
+        self._held: list[tuple[int, PreparedGallery]] | None = None  # set once, complete: another thread looks
         self._metrics = StageMetrics("batch_retrieve", "tiles")
 
     def _blocks(self) -> Any:
@@ -133,6 +134,21 @@ class Shard:
             blocks = read_ahead(self.gallery.blocks(self.parts, self.block_rows))
             self._held = [(start, prepare_gallery(rows)) for start, rows in blocks]
         return self._held
+
+    @ray.method(concurrency_group="lookups")
+    def embeddings_at(self, rows: npt.NDArray[np.int64]) -> Embeddings:
+        """Return the store's embeddings [n, D] of its rows [n], which are of this share: held ones, else read."""
+        if self._held is None or self.gallery.alpha or self.gallery.rows is not None:  # not as they are in the store
+            return self._store.embeddings_at(rows)
+        found = np.empty((len(rows), self._store.manifest.spec.dim), self._store.manifest.spec.dtype)
+        for start, block in self._held:
+            here = np.flatnonzero((rows >= start) & (rows < start + len(block)))
+            found[here] = np.asarray(block.rows)[rows[here] - start]
+        return found
+
+    @cached_property
+    def _store(self) -> EmbeddingStore:
+        return EmbeddingStore.open(self.gallery.uri)
 
     def search(self, tile: Tile, settings: list[Setting], k: int) -> dict[Setting, TopK]:
         """Return the share's best k, or each query's own rows of it, of every setting."""
@@ -150,7 +166,14 @@ class Shard:
 
 # An actor that dies is started again elsewhere, reads its share again and does the tile again. It reserves next to no CPU,
 # as it is idle between tiles, but is spread over the nodes that have some; and the memory of a share that it holds.
-_ShardActor = ray.remote(num_cpus=0.01, max_restarts=-1, max_task_retries=5, scheduling_strategy="SPREAD")(Shard)
+# It says what it holds while it searches: a thread apart.
+_ShardActor = ray.remote(
+    num_cpus=0.01,
+    max_restarts=-1,
+    max_task_retries=5,
+    scheduling_strategy="SPREAD",
+    concurrency_groups={"lookups": 1},
+)(Shard)
 
 
 def threads_of(num_shares: int, node_cpus: Sequence[float], cpus: float, fitting: float = math.inf) -> int:

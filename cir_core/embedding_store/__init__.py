@@ -13,7 +13,7 @@ in order. The identity of a store is the hash of everything that made it: see `S
 from cir_core.embedding_store.ids import IdIndex
 from cir_core.embedding_store.manifest import Manifest, PartInfo, StoreSpec, listing_digest, part_info
 from cir_core.embedding_store.part import PartWriter
-from cir_core.embedding_store.read import Block, EmbeddingStore
+from cir_core.embedding_store.read import Block, Embeddings, EmbeddingStore
 from cir_core.embedding_store.unique import hash_ids, ids_with, later_ones, part_hashes, repeated
 from cir_core.embedding_store.write import EmbeddingWriter
 
@@ -21,6 +21,7 @@ __all__ = [
     "Block",
     "EmbeddingStore",
     "EmbeddingWriter",
+    "Embeddings",
     "IdIndex",
     "Manifest",
     "PartInfo",

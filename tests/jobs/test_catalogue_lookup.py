@@ -43,11 +43,10 @@ ROWS = np.array([0, 63, 299, 300, 306, 307, 396], np.int64)
 def check(found, names, uri):
     """Of all shares: both references with their embeddings, the members, and every id."""
     opened = EmbeddingStore.open(uri)
-    references = [(name, int(row)) for one, _ in found for name, row in zip(one.names, one.rows, strict=True)]
+    references = [(name, int(row)) for one in found[0::3] for name, row in zip(one.names, one.rows, strict=True)]
     assert references == [("0-64", 64), ("3-89", 396)]
-    vectors = np.concatenate([one.embeddings for one, _ in found if one.names])
-    assert (vectors == opened.take(["0-64", "3-89"])).all()
-    members = [(name, int(row)) for _, one in found for name, row in zip(one.names, one.rows, strict=True)]
+    assert (np.concatenate(found[2::3]) == opened.take(["0-64", "3-89"])).all()
+    members = [(name, int(row)) for one in found[1::3] for name, row in zip(one.names, one.rows, strict=True)]
     assert members == [("0-5", 5), ("2-6", 306)]
     assert pa.chunked_array(names, pa.large_string()).to_pylist() == opened.ids_at(ROWS).tolist()
 
@@ -55,7 +54,13 @@ def check(found, names, uri):
 def test_shares_answer_what_they_hold(store):
     shares = [ShareIds(store, share) for share in SHARES]
     for _ in range(2):
-        check([one.look_up(QUERIES) for one in shares], [one.names_of(ROWS) for one in shares], store)
+        found = [one.look_up(QUERIES) for one in shares]
+        answers = [
+            part
+            for one, (*names, rows) in zip(shares, found, strict=True)
+            for part in (*names, one.embeddings_at(rows))
+        ]
+        check(answers, [one.names_of(ROWS) for one in shares], store)
 
 
 def test_held_ids_are_read_once(store, monkeypatch):
@@ -94,4 +99,10 @@ def test_actors_and_tasks_agree_and_a_killed_actor_comes_again(servers, store, m
     assert len(alive) == len(SHARES)
     os.kill(alive[0].pid, signal.SIGKILL)
     check(ray.get(held.look_up(QUERIES)), ray.get(held.names_of(ROWS)), store)
+    holders = [catalogue_lookup._Actor.remote(store, share) for share in SHARES]
+    check(
+        ray.get(StoreIds(store, SHARES, num_tiles=1, holders=holders).look_up(QUERIES)),
+        ray.get(held.names_of(ROWS)),
+        store,
+    )
     held.close()

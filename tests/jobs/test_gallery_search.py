@@ -41,6 +41,21 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Four parts of 20 rows, every row with a caption."""
+    uri = str(tmp_path_factory.mktemp("captioned") / "store")
+    writer = EmbeddingWriter(uri, StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "crop", 24, "float16", "input"))
+    for index in range(4):
+        ids, images, texts = (
+            [f"{index}-{row}" for row in range(20)],
+            *(unit(20, 24, seed=seed + index) for seed in (0, 9)),
+        )
+        writer.write_part(index, ids, images.numpy(), columns={"caption": ids}, caption_embeddings=texts.numpy())
+    writer.commit(rows_in=80)
+    return uri
+
+
+@pytest.fixture(scope="module")
 def connected(servers):
     if not ray.is_initialized():
         ray.init(address=servers.ray_address, log_to_driver=False, logging_level="WARNING")
@@ -78,6 +93,26 @@ def test_a_gallery_of_some_rows(store, tile):
     check(Shard(some, some.parts(), 1.0, keep=True).search(tile, SETTINGS, K), store, tile, rows)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_shard_says_the_embeddings_of_its_rows_as_they_are_in_the_store(captioned, tile, keep, alpha, monkeypatch):
+    shard = Shard(Gallery(captioned, alpha=alpha), [1, 3], 1.0, keep=keep)
+    rows = np.array([27, 61, 20, 79, 27])
+    expected = EmbeddingStore.open(captioned).embeddings_at(rows)
+    reads = []
+    real = EmbeddingStore.embeddings_at
+    monkeypatch.setattr(EmbeddingStore, "embeddings_at", lambda self, rows: reads.append(1) or real(self, rows))
+    outside = Tile(tile.images, tile.texts, [-1] * 5)
+    for number in range(2):  # the second time it may hold its share
+        found = shard.embeddings_at(rows)
+        assert found.dtype == expected.dtype
+        assert (found == expected).all()
+        assert shard.embeddings_at(rows[:0]).shape == (0, 24)
+        assert len(reads) == (2 if number == 0 else 0 if keep and not alpha else 2)
+        reads.clear()
+        shard.search(outside, SETTINGS, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [3])
 def test_any_number_of_shards_and_killed_ones_give_the_same_lists(connected, store, tile, num_shards, monkeypatch):
@@ -88,6 +123,10 @@ def test_any_number_of_shards_and_killed_ones_give_the_same_lists(connected, sto
     actors = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.class_name == "Shard"]
     os.kill(actors[0].pid, signal.SIGKILL)
     check(ray.get(search.start(tile, SETTINGS, K)), store, tile)
+    every = np.arange(2714)
+    own = np.split(every, [713, 2713])  # parts 0 and 2, part 3, part 4
+    vectors = [actor.embeddings_at.remote(rows) for actor, rows in zip(search.actors, own, strict=True)]
+    assert (np.concatenate(ray.get(vectors)) == EmbeddingStore.open(store).embeddings_at(every)).all()
     tasks = GallerySearch(Gallery(store), num_shards, num_tiles=1)
     assert not tasks.actors
     check(ray.get(tasks.start(tile, SETTINGS, K)), store, tile)
