@@ -31,7 +31,7 @@ NUM_PAIRS = 4800
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.long,
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(2400),
     pytest.mark.skipif(os.geteuid() != 0 or shutil.which("iptables") is None, reason="needs root and iptables"),
 ]
 
@@ -71,7 +71,7 @@ def finished(folder: Path, *entrypoint: str, meanwhile: Callable[[], None] = lam
         job = subprocess.Popen(line, env={**os.environ, **own}, stdout=log, stderr=log)
         try:
             meanwhile()
-            code = job.wait(timeout=800)
+            code = job.wait(timeout=1500)
         finally:
             job.kill()
     assert code == 0, path.read_text()[-4000:]
