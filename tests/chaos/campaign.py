@@ -1,7 +1,7 @@
 """The fault campaign: real jobs on a real cluster and a real S3 server, hurt at random times, compared row for row.
 
     make chaos                                                  # at least 100 faults, about half an hour on two cores
-    python tests/chaos/campaign.py --short                      # about 4 minutes, in make test-long
+    python tests/chaos/campaign.py --short                      # about 3 minutes, in make test
     python tests/chaos/campaign.py --seed 7 --only embed-driver,tune-everything --output /tmp/chaos
 
 It starts servers of its own (S3, fault proxy, MLflow, a Ray head and a second node), writes shards with some dirty rows, runs
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="decides kinds, victims and delays of all faults (0)")
     parser.add_argument("--faults", type=int, default=100, help="how many faults at least (100); kills count as well")
-    parser.add_argument("--short", action="store_true", help="one run under faults, about 4 minutes")
+    parser.add_argument("--short", action="store_true", help="one run under faults, about 3 minutes")
     parser.add_argument("--only", default="", help="names of runs, separated by commas")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent, help="folder for RESULTS.md and RESULTS.json"

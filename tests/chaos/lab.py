@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from fault_proxy import FaultProxy, start_proxy
-from processes import ROOT, Record, StartError, alive, finish_start, load_state, locked, save_state, stop
+from processes import (
+    ROOT,
+    Record,
+    StartError,
+    alive,
+    finish_start,
+    kill_now,
+    load_state,
+    locked,
+    save_state,
+    stop,
+)
 from ray_nodes import start_head, start_node
 from s3_server import S3Server, start_s3, without_others
 
@@ -56,7 +67,9 @@ class Lab:
                 save_state(self.state)
 
     def stop(self) -> None:
-        """Stop all servers."""
+        """Stop all servers; Ray's have nothing to save."""
+        for name in {"ray", self.node} & self.state.keys():
+            kill_now(self.state[name])
         down()
 
     @property
@@ -71,7 +84,6 @@ class Lab:
             **self.s3.environment(),
             "AWS_ENDPOINT_URL": self.proxy.url,
             "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "OMP_NUM_THREADS": "1",  # sums of floats do not depend on where a task runs
         }
 
     def start_node(self) -> None:

@@ -48,7 +48,7 @@ _LONG: dict[str, dict[str, int]] = {
     "tune-workers": {"train_worker": 3},
     "tune-everything": {"train_worker": 1, "raylet": 1, "driver": 1, "s3_outage": 1, "mlflow_outage": 1},
 }  # fmt: skip
-_SHORT: dict[str, dict[str, int]] = {"embed-short": {"decode_worker": 3, "encode_actor": 1}}
+_SHORT: dict[str, dict[str, int]] = {"embed-short": {"decode_worker": 2, "encode_actor": 1}}
 RUNS = {False: _LONG, True: _SHORT}
 """Runs and their kills by kind: of the whole campaign, and of the short one."""
 _SHORT_HTTP = 16
@@ -86,7 +86,7 @@ class Data:
 
 def make_data(lab: Lab, *, short: bool) -> Data:
     """Write the shards, some of them with rows that cannot be used, to the bucket."""
-    num_shards = 16 if short else 48
+    num_shards = 12 if short else 48
     shards = lab.uri("chaos", "shards")
     write_pairs(shards, num_shards * _SHARD_ROWS, shard_rows=_SHARD_ROWS)
     write_tar_shard(f"{shards}/{num_shards:05d}.tar", _DIRTY)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]  # four minutes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # three minutes
 CAMPAIGN = Path(__file__).with_name("campaign.py")
 
 

@@ -13,7 +13,7 @@ from checks import compare_stores
 from cir_core import files
 from cir_core.embedding_store import EmbeddingStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 ROOT = Path(__file__).resolve().parents[2]
 PARTS, ROWS = 9, 40
 # What embed.py does with a store, without Ray and a model: go on with what is not finished, commit at the end.

@@ -131,7 +131,9 @@ def test_anchors_travel_with_their_images(shards, text_anchors, tiny_model_dir):
             assert key not in found or np.abs(found[key] - vector).max() < 1e-6
 
 
-@pytest.mark.parametrize("moment", ["while a round is read", "while its rows are given out"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("while a round is read", marks=pytest.mark.long), "while its rows are given out"]
+)
 def test_a_network_failure_in_a_reader_neither_loses_nor_doubles_a_sample(connected, shards, tmp_path, moment):
     indexes = tuple(index_shard(shard, slice_rows=16) for shard in shards)
     plan = RunPlan(indexes, BATCH, seed=1, epochs=1, steps_per_round=4)
