@@ -163,6 +163,8 @@ BREAKS = (
     Break(operation.sizes_are_said_by_one, CLUSTER, {f"{_DECODE}.replicas": GONE}, "dev"),
     Break(operation.workers_only_on_spot_machines, CLUSTER, {f"{_HEAD_POD}.tolerations": [{"key": "spot", "operator": "Exists"}]}),
     Break(operation.workers_only_on_spot_machines, CLUSTER, {f"{_DECODE_POD}.tolerations": GONE}),
+    Break(operation.nobody_else_is_pushed_away, "PriorityClass slerp-tat-head", {"value": 1000}),
+    Break(operation.nobody_else_is_pushed_away, CLUSTER, {f"{_DECODE_POD}.priorityClassName": "slerp-tat-head"}),
     Break(operation.kueue_takes_it, JOB, {"spec.rayClusterSpec.enableInTreeAutoscaling": True, "spec.rayClusterSpec.autoscalerOptions": {}}, "kueue"),
     Break(operation.kueue_takes_it, JOB, {"spec.suspend": True}, "kueue"),
     Break(operation.kueue_takes_it, JOB, {"spec.rayClusterSpec.workerGroupSpecs.0.groupName": "submitter"}, "kueue"),

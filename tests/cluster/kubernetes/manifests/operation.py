@@ -170,6 +170,17 @@ def kueue_takes_it(objects: list[Object]) -> list[str]:
     return found
 
 
+def nobody_else_is_pushed_away(objects: list[Object]) -> list[str]:
+    """Pods without a class have priority 0: a class of ours above it would evict those of the whole cluster; workers are below heads."""
+    values = {one["metadata"]["name"]: one["value"] for one in of_kind(objects, "PriorityClass")}
+    found = [f"PriorityClass {name}: {value} is above what has no class" for name, value in values.items() if value > 0]
+    for pod in pods(objects):
+        value = values.get(pod.spec.get("priorityClassName", ""), 0)
+        if (value < 0) != (pod.labels.get("ray.io/node-type") == "worker"):
+            found.append(f"{pod.name}: priority {value}")
+    return found
+
+
 def sizes_are_said_by_one(objects: list[Object]) -> list[str]:
     """Autoscaled groups say no replicas, which the next kubectl apply would set back; others do."""
     return [
@@ -183,4 +194,5 @@ def sizes_are_said_by_one(objects: list[Object]) -> list[str]:
 RULES: tuple[Rule, ...] = (
     versions_are_those_installed, jobs_are_retried_and_resume, stopping_leaves_time, memory_is_reserved, volumes_in_memory_fit,
     memory_is_given_out_once, heads_run_no_tasks, sizes_are_said_by_one, nodes_are_in_no_subcluster, workers_only_on_spot_machines, kueue_takes_it,
+    nobody_else_is_pushed_away,
 )  # fmt: skip
