@@ -16,6 +16,10 @@ _PYPROJECT = Path(__file__).resolve().parents[4] / "pyproject.toml"
 SUBCLUSTER = "ray-subcluster"
 _POD_SETS = 8  # of a Kueue workload
 _RESUMED_BY = {"jobs/tat_train.py": "--name", "jobs/batch_retrieve.py": "--name", "jobs/embed.py": "--output"}
+_SPOT_LABELS = {
+    "karpenter.sh/capacity-type", "eks.amazonaws.com/capacityType", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority",
+}  # fmt: skip
+_SUBMITTERS = 10  # pods that may be lost in an attempt of days
 _SPARE_MEMORY = 2e9  # of a Ray pod, beside its object store: Ray itself and one worker
 
 
@@ -40,6 +44,7 @@ def jobs_are_retried_and_resume(objects: list[Object]) -> list[str]:
         spec, words = one["spec"], shlex.split(one["spec"]["entrypoint"])
         good = {
             "backoffLimit": spec.get("backoffLimit", 0) > 0,
+            "submitterConfig.backoffLimit": spec.get("submitterConfig", {}).get("backoffLimit", 2) >= _SUBMITTERS,
             "activeDeadlineSeconds": "activeDeadlineSeconds" in spec,
             "preRunningDeadlineSeconds": "preRunningDeadlineSeconds" in spec,
             "shutdownAfterJobFinishes": spec.get("shutdownAfterJobFinishes") is True,
@@ -137,7 +142,7 @@ def nodes_are_in_no_subcluster(objects: list[Object]) -> list[str]:
 
 
 def workers_only_on_spot_machines(objects: list[Object]) -> list[str]:
-    """Workers tolerate spot machines' taints, nobody else; GPU pods tolerate the taint of GPU machines."""
+    """Workers tolerate spot machines' taints, nobody else; heads and submitters keep off those without taint; GPU pods tolerate theirs."""
     found = []
     for pod in pods(objects):
         keys = {one["key"] for one in pod.spec.get("tolerations", [])}
@@ -146,7 +151,15 @@ def workers_only_on_spot_machines(objects: list[Object]) -> list[str]:
         gpu = bool(pod.amount("nvidia.com/gpu"))
         if spot != worker or ("nvidia.com/gpu" in keys) != gpu:
             found.append(f"{pod.name}: tolerations {sorted(keys)}")
+        if pod.group in ("head", "submitter") and not _keeps_off_spot(pod.spec):
+            found.append(f"{pod.name}: may be on a spot machine")
     return found
+
+
+def _keeps_off_spot(spec: Object) -> bool:
+    terms = spec.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    rules = [rule for term in terms.get("nodeSelectorTerms", []) for rule in term["matchExpressions"]]
+    return {rule["key"] for rule in rules if rule["operator"] == "NotIn"} >= _SPOT_LABELS
 
 
 def kueue_takes_it(objects: list[Object]) -> list[str]:
