@@ -11,6 +11,7 @@ from manifests.kuberay_rules import Rule
 from manifests.references import QUEUE
 from manifests.render import Object, key
 from manifests.workloads import clusters, of_kind, pods, quantity
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 _PYPROJECT = Path(__file__).resolve().parents[4] / "pyproject.toml"
 SUBCLUSTER = "ray-subcluster"
@@ -56,17 +57,18 @@ def jobs_are_retried_and_resume(objects: list[Object]) -> list[str]:
 
 
 def stopping_leaves_time(objects: list[Object]) -> list[str]:
-    """Drivers get SIGINT; a head lives longer than its jobs may take to end; workers say goodbye."""
+    """Drivers get SIGINT; a head lives longer than its jobs may take to end; workers drain as Ray does at SIGTERM, without a hook before."""
     (settings,) = (one["data"] for one in of_kind(objects, "ConfigMap") if one["metadata"]["name"] == "settings")
     wait = int(settings.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
     found = [] if settings.get("RAY_JOB_STOP_SIGNAL") == "SIGINT" else ["RAY_JOB_STOP_SIGNAL is not SIGINT"]
     for pod in pods(objects):
         if pod.group in ("", "submitter"):
             continue
-        if not pod.main.get("lifecycle", {}).get("preStop", {}).get("exec"):
-            found.append(f"{pod.name}: no preStop hook")
-        if pod.group == "head" and pod.spec.get("terminationGracePeriodSeconds", 30) < wait + 20:
-            found.append(f"{pod.name}: killed before its jobs have had {wait} s")
+        if ("preStop" in pod.main.get("lifecycle", {})) != (pod.group == "head"):
+            found.append(f"{pod.name}: a preStop hook is for heads")
+        least = (wait if pod.group == "head" else int(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)) + 20
+        if pod.spec.get("terminationGracePeriodSeconds", 30) < least:
+            found.append(f"{pod.name}: killed before {least} s")
     return found
 
 
