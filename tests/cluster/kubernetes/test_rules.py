@@ -89,6 +89,8 @@ BREAKS = (
         CLUSTER,
         {f"{_HEAD_POD}.containers.0.env": [{"name": "RAY_REDIS_ADDRESS", "value": "redis:6379"}]},
     ),
+    Break(kuberay.only_rayclusters_are_recreated, CLUSTER, {"spec.upgradeStrategy": {"type": "None"}}),
+    Break(kuberay.only_rayclusters_are_recreated, JOB, {"spec.rayClusterSpec.upgradeStrategy": {"type": "Recreate"}}),
     Break(security.containers_are_locked_down, CLUSTER, {f"{_DECODE_POD}.containers.0.securityContext.runAsNonRoot": False}),
     Break(security.containers_are_locked_down, CLUSTER, {"spec.autoscalerOptions.securityContext": GONE}),
     Break(security.containers_are_locked_down, JOB, {"spec.submitterPodTemplate.spec.securityContext.seccompProfile": GONE}),
