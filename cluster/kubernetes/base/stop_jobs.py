@@ -2,6 +2,7 @@
 
 A job's processes get SIGINT and RAY_JOB_STOP_WAIT_TIME_S to leave in order, then SIGKILL, so that the job is FAILED and
 its RayJob makes another attempt. Stopped through the Jobs API it would be STOPPED, which KubeRay takes for complete.
+RAY_JOB_STOP_SIGNAL must be SIGINT on the head: Ray blocks this signal in its jobs otherwise.
 Exit code 0: all have ended; 1: some have not, or the head does not answer.
 
     python stop_jobs.py [http://127.0.0.1:8265]        # RAY_AUTH_MODE and RAY_AUTH_TOKEN as everywhere in the pod
