@@ -18,7 +18,7 @@ import yaml
 from manifests import metrics
 from manifests.render import Object, render
 from manifests.schemas import findings
-from manifests.workloads import pods, selects
+from manifests.workloads import pods, quantity, selects
 
 FOLDER = metrics.ROOT / "cluster" / "kubernetes" / "observability"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
@@ -116,6 +116,17 @@ def test_every_alert_has_its_advice_a_severity_and_a_test(alerts):
     fired = {one["alertname"] for test in tested for one in test["alert_rule_test"] if one["exp_alerts"]}
     assert fired == {rule["alert"] for rule in alerts}
     assert {rule["labels"]["severity"] for rule in alerts} == {"warning", "critical"}
+
+
+def test_a_pod_s_disk_is_told_of_before_its_volume_is_full(alerts, rendered):
+    """Spilled objects fill volume `tmp`; at its limit the pod is evicted, long before the machine's disk is full."""
+    (rule,) = (one for one in alerts if one["alert"] == "SlerpTatPodDiskFilling")
+    told = {kind: float(most) for kind, most in re.findall(r'ray_io_node_type="(\w+)"}\) > (\S+)', rule["expr"])}
+    assert set(told) == {"head", "worker"}
+    for pod in pods([*rendered("prod"), *rendered("prod/jobs")]):
+        if kind := pod.labels.get("ray.io/node-type"):
+            (volume,) = (one["emptyDir"] for one in pod.spec["volumes"] if one["name"] == "tmp")
+            assert 0.6 < told[kind] / float(quantity(volume["sizeLimit"])) < 0.8
 
 
 def test_the_dashboard_is_whole(dashboard):

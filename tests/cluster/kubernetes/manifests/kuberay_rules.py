@@ -230,6 +230,15 @@ def token_needs_a_version(objects: list[Object]) -> list[str]:
     ]
 
 
+def only_rayclusters_are_recreated(objects: list[Object]) -> list[str]:
+    """upgradeStrategy Recreate replaces pods when the spec changes; a RayJob's cluster, which keeps its spec, may not have it."""
+    return [
+        f"{' '.join(key(one))}: upgradeStrategy {cluster.get('upgradeStrategy')}"
+        for one, cluster in clusters(objects)
+        if (cluster.get("upgradeStrategy", {}).get("type") == "Recreate") != (one["kind"] == "RayCluster")
+    ]
+
+
 def fault_tolerance_is_in_its_field(objects: list[Object]) -> list[str]:
     """Redis variables on the head would switch GCS fault tolerance on past gcsFaultToleranceOptions."""
     return [
@@ -245,6 +254,7 @@ RULES: tuple[Rule, ...] = (
     a_cluster_is_given_or_selected, submission_mode_exists, retries_need_a_cluster_of_their_own, sidecar_mode_has_no_submitter,
     deadlines_are_positive, runtime_environment_is_yaml, manager_is_known, resources_are_said_once, labels_are_in_their_field,
     groups_are_named_once_and_in_order, autoscaler_v2_replaces_pods, token_needs_a_version, fault_tolerance_is_in_its_field,
+    only_rayclusters_are_recreated,
 )  # fmt: skip
 
 CEL = {

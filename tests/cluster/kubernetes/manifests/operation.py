@@ -11,11 +11,16 @@ from manifests.kuberay_rules import Rule
 from manifests.references import QUEUE
 from manifests.render import Object, key
 from manifests.workloads import clusters, of_kind, pods, quantity
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 _PYPROJECT = Path(__file__).resolve().parents[4] / "pyproject.toml"
 SUBCLUSTER = "ray-subcluster"
 _POD_SETS = 8  # of a Kueue workload
 _RESUMED_BY = {"jobs/tat_train.py": "--name", "jobs/batch_retrieve.py": "--name", "jobs/embed.py": "--output"}
+_SPOT_LABELS = {
+    "karpenter.sh/capacity-type", "eks.amazonaws.com/capacityType", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority",
+}  # fmt: skip
+_SUBMITTERS = 10  # pods that may be lost in an attempt of days
 _SPARE_MEMORY = 2e9  # of a Ray pod, beside its object store: Ray itself and one worker
 
 
@@ -40,6 +45,7 @@ def jobs_are_retried_and_resume(objects: list[Object]) -> list[str]:
         spec, words = one["spec"], shlex.split(one["spec"]["entrypoint"])
         good = {
             "backoffLimit": spec.get("backoffLimit", 0) > 0,
+            "submitterConfig.backoffLimit": spec.get("submitterConfig", {}).get("backoffLimit", 2) >= _SUBMITTERS,
             "activeDeadlineSeconds": "activeDeadlineSeconds" in spec,
             "preRunningDeadlineSeconds": "preRunningDeadlineSeconds" in spec,
             "shutdownAfterJobFinishes": spec.get("shutdownAfterJobFinishes") is True,
@@ -51,17 +57,18 @@ def jobs_are_retried_and_resume(objects: list[Object]) -> list[str]:
 
 
 def stopping_leaves_time(objects: list[Object]) -> list[str]:
-    """Drivers get SIGINT; a head lives longer than its jobs may take to end; workers say goodbye."""
+    """Drivers get SIGINT; a head lives longer than its jobs may take to end; workers drain as Ray does at SIGTERM, without a hook before."""
     (settings,) = (one["data"] for one in of_kind(objects, "ConfigMap") if one["metadata"]["name"] == "settings")
     wait = int(settings.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
     found = [] if settings.get("RAY_JOB_STOP_SIGNAL") == "SIGINT" else ["RAY_JOB_STOP_SIGNAL is not SIGINT"]
     for pod in pods(objects):
         if pod.group in ("", "submitter"):
             continue
-        if not pod.main.get("lifecycle", {}).get("preStop", {}).get("exec"):
-            found.append(f"{pod.name}: no preStop hook")
-        if pod.group == "head" and pod.spec.get("terminationGracePeriodSeconds", 30) < wait + 20:
-            found.append(f"{pod.name}: killed before its jobs have had {wait} s")
+        if ("preStop" in pod.main.get("lifecycle", {})) != (pod.group == "head"):
+            found.append(f"{pod.name}: a preStop hook is for heads")
+        least = (wait if pod.group == "head" else int(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S)) + 20
+        if pod.spec.get("terminationGracePeriodSeconds", 30) < least:
+            found.append(f"{pod.name}: killed before {least} s")
     return found
 
 
@@ -137,7 +144,7 @@ def nodes_are_in_no_subcluster(objects: list[Object]) -> list[str]:
 
 
 def workers_only_on_spot_machines(objects: list[Object]) -> list[str]:
-    """Workers tolerate spot machines' taints, nobody else; GPU pods tolerate the taint of GPU machines."""
+    """Workers tolerate spot machines' taints, nobody else; heads and submitters keep off those without taint; GPU pods tolerate theirs."""
     found = []
     for pod in pods(objects):
         keys = {one["key"] for one in pod.spec.get("tolerations", [])}
@@ -146,7 +153,15 @@ def workers_only_on_spot_machines(objects: list[Object]) -> list[str]:
         gpu = bool(pod.amount("nvidia.com/gpu"))
         if spot != worker or ("nvidia.com/gpu" in keys) != gpu:
             found.append(f"{pod.name}: tolerations {sorted(keys)}")
+        if pod.group in ("head", "submitter") and not _keeps_off_spot(pod.spec):
+            found.append(f"{pod.name}: may be on a spot machine")
     return found
+
+
+def _keeps_off_spot(spec: Object) -> bool:
+    terms = spec.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
+    rules = [rule for term in terms.get("nodeSelectorTerms", []) for rule in term["matchExpressions"]]
+    return {rule["key"] for rule in rules if rule["operator"] == "NotIn"} >= _SPOT_LABELS
 
 
 def kueue_takes_it(objects: list[Object]) -> list[str]:
@@ -170,6 +185,17 @@ def kueue_takes_it(objects: list[Object]) -> list[str]:
     return found
 
 
+def nobody_else_is_pushed_away(objects: list[Object]) -> list[str]:
+    """Pods without a class have priority 0: a class of ours above it would evict those of the whole cluster; workers are below heads."""
+    values = {one["metadata"]["name"]: one["value"] for one in of_kind(objects, "PriorityClass")}
+    found = [f"PriorityClass {name}: {value} is above what has no class" for name, value in values.items() if value > 0]
+    for pod in pods(objects):
+        value = values.get(pod.spec.get("priorityClassName", ""), 0)
+        if (value < 0) != (pod.labels.get("ray.io/node-type") == "worker"):
+            found.append(f"{pod.name}: priority {value}")
+    return found
+
+
 def sizes_are_said_by_one(objects: list[Object]) -> list[str]:
     """Autoscaled groups say no replicas, which the next kubectl apply would set back; others do."""
     return [
@@ -183,4 +209,5 @@ def sizes_are_said_by_one(objects: list[Object]) -> list[str]:
 RULES: tuple[Rule, ...] = (
     versions_are_those_installed, jobs_are_retried_and_resume, stopping_leaves_time, memory_is_reserved, volumes_in_memory_fit,
     memory_is_given_out_once, heads_run_no_tasks, sizes_are_said_by_one, nodes_are_in_no_subcluster, workers_only_on_spot_machines, kueue_takes_it,
+    nobody_else_is_pushed_away,
 )  # fmt: skip

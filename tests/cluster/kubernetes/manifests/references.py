@@ -136,18 +136,18 @@ def addresses_are_services(objects: list[Object]) -> list[str]:
 
 
 def budgets_fit(objects: list[Object]) -> list[str]:
-    """A PodDisruptionBudget selects pods; of KubeRay's, which have no scale subresource, minAvailable is a whole number."""
+    """Heads and submitters of RayJobs have one PodDisruptionBudget each, and each selects pods; of KubeRay's, minAvailable is a number."""
     found = []
     for one in of_kind(objects, "PodDisruptionBudget"):
         chosen = [pod for pod in pods(objects) if selects(one["spec"]["selector"], pod.labels)]
         of_ray = any("ray.io/cluster" in pod.labels for pod in chosen)
         if not chosen or (of_ray and not isinstance(one["spec"].get("minAvailable"), int)):
             found.append(" ".join(key(one)))
-    heads = [pod for pod in pods(of_kind(objects, "RayJob")) if pod.group == "head"]
+    staying = [pod for pod in pods(of_kind(objects, "RayJob")) if pod.group in ("head", "submitter")]
     kept = [one["spec"]["selector"] for one in of_kind(objects, "PodDisruptionBudget")]
     return found + [
         f"{pod.name}: {sum(selects(selector, pod.labels) for selector in kept)} budgets"
-        for pod in heads
+        for pod in staying
         if sum(selects(selector, pod.labels) for selector in kept) != 1
     ]
 
