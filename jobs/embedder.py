@@ -66,7 +66,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
-    """What to embed with what, and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded).
+    """What to embed with what (spec.precision included), and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded).
 
     ids: "key", or "shard" for <name of the shard>/<key>, where keys repeat from shard to shard.
     """
@@ -77,7 +77,6 @@ class EmbedPlan:
     model: str
     pretrained: str | None
     adapter: str | None
-    precision: str
     preprocessing_mode: str | None
     captions: str
     batch_size: int
@@ -90,7 +89,7 @@ class EmbedPlan:
     @property
     def encoder(self) -> tuple[str, str | None, str | None, str, str | None, str]:
         """What decides the model: plans with equal values share one in memory."""
-        return self.model, self.pretrained, self.adapter, self.precision, self.preprocessing_mode, self.decode
+        return self.model, self.pretrained, self.adapter, self.spec.precision, self.preprocessing_mode, self.decode
 
 
 @dataclass(frozen=True)

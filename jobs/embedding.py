@@ -111,7 +111,7 @@ def picture_units(pictures: Sequence[Picture], versions: Mapping[str, StoredFile
 
 
 def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_digest: str, ids: str = "key") -> StoreSpec:
-    """Return the identity of the store that this encoder makes of this input."""
+    """Return the identity of the store that this encoder makes of this input; details.precision is the encoders'."""
     return StoreSpec(
         model=details.model,
         weights=details.pretrained or "own",
@@ -123,6 +123,7 @@ def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_dige
         dim=details.dim,
         dtype=dtype,
         input_digest=f"{input_digest}:{captions}" + ("" if ids == "key" else f":{ids}"),
+        precision=details.precision,
     )
 
 

@@ -46,7 +46,7 @@ class EmbeddingWriter:
         if found != self.spec:
             raise CirError(
                 f"{files.redact(self.uri)} holds embeddings of another identity "
-                f"({self.spec.differences(found)}); choose another output folder"
+                f"({self.spec.differences(found)}); choose another output folder, or the settings that it was begun with"
             )
 
     @contextmanager
@@ -221,6 +221,8 @@ class EmbeddingWriter:
 
 
 def _parsed_spec(value: Any, name: str) -> StoreSpec:
+    if isinstance(value, dict) and "precision" not in value:
+        raise CirError(f"{name}: begun by older code, which does not say its precision; choose another output folder")
     try:
         return StoreSpec(**value)
     except TypeError as error:

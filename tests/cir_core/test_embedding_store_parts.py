@@ -165,7 +165,7 @@ def test_the_commands(store_uri, tmp_path, capsys):
     code, shown, _ = command("info", store_uri)
     assert code == 0
     lines = dict((*line.split(None, 1), "")[:2] for line in shown.splitlines())
-    assert (lines["rows"], lines["dim"], lines["model"]) == ("10", "4", "tiny")
+    assert (lines["rows"], lines["dim"], lines["model"], lines["precision"]) == ("10", "4", "tiny", "fp32")
     assert "rejects: duplicate_id 3" in " ".join(shown.split())
     assert command("verify", store_uri) == (0, "sound: 3 parts, 10 rows, 6 rejects\n", "")
     part = tmp_path / "store" / "part-00001.parquet"

@@ -13,7 +13,7 @@ PICTURES = [(f"k{number}", b"x" * 10, "jpg", f"c{number}") for number in range(5
 
 def session(**settings):
     plan = EmbedPlan(
-        units=(), output="out", spec=SPEC, model="tiny", pretrained=None, adapter=None, precision="auto",
+        units=(), output="out", spec=SPEC, model="tiny", pretrained=None, adapter=None,
         preprocessing_mode=None, captions="text", batch_size=4, use_gpu=False, **settings,
     )  # fmt: skip
     return _Session(plan, None, None)

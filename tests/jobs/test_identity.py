@@ -7,7 +7,9 @@ import pytest
 
 from cir_core.encoders import load_encoder
 from cir_core.schema import CirError
-from jobs.embedding import find_units, store_spec
+from jobs.config import resolve_precision
+from jobs.embedding import find_units, store_spec, store_uri
+from jobs.models import inspect_model
 from jobs.storage import RunFolder
 from jobs.training_job import check_same_data
 
@@ -59,3 +61,16 @@ def test_models_with_equal_weights_and_another_activation_make_two_stores(make_t
         identities.append((spec.weights_digest, spec.config_digest))
     assert identities[0][0] == identities[1][0]
     assert identities[0][1] != identities[1][1]
+
+
+def test_another_precision_makes_another_store(make_tiny_model_dir, tmp_path):
+    """A driver checks the model on a CPU, whatever its encoders run on: it says what "auto" is to them."""
+    assert [resolve_precision("auto", use_gpu=gpu) for gpu in (False, True)] == ["fp32", "bf16"]
+    assert resolve_precision("fp32", use_gpu=True) == "fp32"
+    model, specs = f"local-dir:{make_tiny_model_dir(tmp_path / 'model')}", []
+    for precision in ("fp32", "bf16"):
+        details = inspect_model._function(model, None, precision=precision).details
+        specs.append(store_spec(details, dtype="float32", captions="no", input_digest="same"))
+    assert [spec.precision for spec in specs] == ["fp32", "bf16"]
+    assert specs[0].differences(specs[1]) == "precision: 'bf16' there, 'fp32' here"
+    assert store_uri(str(tmp_path), specs[0]) != store_uri(str(tmp_path), specs[1])
