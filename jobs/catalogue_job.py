@@ -28,10 +28,10 @@ from jobs.catalogue_recall import measure_recall, sample_sizes, sample_uri
 from jobs.catalogue_report import publish, results_table, write_sheet
 from jobs.config import flat_parameters, public, resolve_precision
 from jobs.decoding import embedding_resources
-from jobs.embedding_progress import some_rejects
 from jobs.gallery_search import Gallery, GallerySearch, Setting, settings_of
 from jobs.models import ModelInfo, inspect_model
 from jobs.progress import UnitGauge
+from jobs.reject_limit import some_rejects
 from jobs.session import check_resources, code_version, connect, say
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable
 

@@ -7,6 +7,7 @@ A rerun skips the parts that are finished; the manifest is written last.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,9 @@ from cir_core.schema import CirError
 from cir_core.shards import cut_uri_list, index_image_folder, is_uri_list, list_images, list_shards, shard_versions
 from jobs.decoding import ENCODER_CPUS, Picture
 from jobs.embedder import UNITS_AT_ONCE, EmbedPlan, ShardEmbedder, Unit, shard_name
-from jobs.embedding_progress import EmbeddingProgress, RejectLimit
+from jobs.embedding_progress import EmbeddingProgress
 from jobs.progress import Reporter
+from jobs.reject_limit import RejectLimit
 from jobs.session import say
 from jobs.storage import absolute
 from jobs.tracking import Tracker
@@ -156,13 +158,16 @@ def embed_stores(
     limits = [RejectLimit(plan.output, max_rejects, max_reject_share) for plan in plans]
     todo = []
     for number, (plan, writer) in enumerate(zip(plans, writers, strict=True)):
-        done = {} if writer.committed else writer.finished_parts()
-        if not writer.committed:
-            todo += [{"plan": number, "unit": unit.packed()} for unit in plan.units if unit.number not in done]
-            if done:
-                say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
+        if writer.committed:
+            limits[number].judge(EmbeddingStore.open(plan.output).parts)
+            continue
+        done = writer.finished_parts()
         for part in done.values():
             limits[number].count(part)
+        limits[number].check()
+        todo += [{"plan": number, "unit": unit.packed()} for unit in plan.units if unit.number not in done]
+        if done:
+            say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
     if todo:
         _run(plans, todo, min(num_encoders, len(todo)), limits, tracker)
     return [_commit(plan, writer, limit) for plan, writer, limit in zip(plans, writers, limits, strict=True)]
@@ -171,7 +176,6 @@ def embed_stores(
 def _commit(plan: EmbedPlan, writer: EmbeddingWriter, limit: RejectLimit) -> EmbeddingStore:
     if writer.committed:
         store = EmbeddingStore.open(plan.output)
-        limit.judge(store.parts)
         say(f"embedding store {plan.output}: {store.num_rows} rows, {store.manifest.num_rejects} rejects, reused")
         return store
     before = writer.finished_parts()
@@ -205,7 +209,7 @@ def _run(
             ),
             num_cpus=ENCODER_CPUS,
             num_gpus=1 if plans[0].use_gpu else None,
-            fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board),
+            fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board, copy.deepcopy(limits)),
         )
         dataset.context.target_max_block_size = 1  # each unit's row is told when it is there
         known: dict[int, list[PartInfo]] = {}
@@ -213,7 +217,7 @@ def _run(
             told = json.loads(str(row["told"]))
             part, number = part_info(told["part"]), told["plan"]
             progress.finished_unit()
-            limits[number].count(part, told["reasons"])
+            limits[number].count(part)
             limits[number].check()
             if part.num_rows and len(known.setdefault(number, [])) < 2:
                 known[number].append(part)
