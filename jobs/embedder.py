@@ -53,6 +53,13 @@ class Unit:
     pictures: tuple[Picture, ...] = ()
     rejects: tuple[Reject, ...] = ()
 
+    @property
+    def num_rows(self) -> int | None:
+        """Rows, good and bad, that the listing shows; None for a whole shard, which only its reader can count."""
+        if self.files is None and not self.pictures and not self.rejects:
+            return None
+        return len(self.rejects) + len(self.pictures) + (self.files.num_rows if self.files else 0)
+
     def packed(self) -> bytes:
         """Return the unit as Ray passes objects from one process of a job to another: a value for a column."""
         data: bytes = cloudpickle.dumps(self)

@@ -162,6 +162,7 @@ def embed_stores(
             limits[number].judge(EmbeddingStore.open(plan.output).parts)
             continue
         done = writer.finished_parts()
+        _check_rows(plan, done)
         for part in done.values():
             limits[number].count(part)
         limits[number].check()
@@ -181,15 +182,28 @@ def _commit(plan: EmbedPlan, writer: EmbeddingWriter, limit: RejectLimit) -> Emb
     before = writer.finished_parts()
     if len(before) != len(plan.units):
         raise RuntimeError(f"{len(plan.units) - len(before)} of {len(plan.units)} parts of {plan.output} are missing")
-    parts = drop_duplicates(writer, before)
+    _check_rows(plan, before)
+    parts = drop_duplicates(writer, before, {unit.number: files.redact(unit.shard) for unit in plan.units})
     dropped = sum(parts[number].num_rejects - before[number].num_rejects for number in parts)
     if dropped:
         say(f"{plan.output}: {dropped} rows have an id that an earlier part has; they are now rejects")
     limit.judge(parts.values())
-    rows_in = sum(part.num_rows + part.num_rejects for part in parts.values())  # each part was checked when written
+    rows_in = sum(part.num_rows + part.num_rejects for part in before.values())  # as many as its reader gave, each
     manifest = writer.commit(rows_in=rows_in, parts=parts.values(), check_unique_ids=False)
     say(f"embedding store {plan.output}: {manifest.num_rows} rows, {manifest.num_rejects} rejects")
     return EmbeddingStore.open(plan.output)
+
+
+def _check_rows(plan: EmbedPlan, parts: Mapping[int, PartInfo]) -> None:
+    """Raise CirError for a part with more or fewer rows than the listing says. Shards were counted as they were read."""
+    for unit in plan.units:
+        part = parts.get(unit.number)
+        if part is not None and unit.num_rows not in (None, part.num_rows + part.num_rejects):
+            raise CirError(
+                f"{files.redact(plan.output)}: {part.name} has {part.num_rows} rows and {part.num_rejects} rejects of "
+                f"{files.redact(unit.shard)}, which has {unit.num_rows} there: the input was cut otherwise when it was "
+                "written; choose another output folder, or remove this one"
+            )
 
 
 def _run(

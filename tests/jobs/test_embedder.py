@@ -4,7 +4,7 @@ import pytest
 
 from cir_core.embedding_store import StoreSpec
 from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample, index_image_folder, write_tar_shard
+from cir_core.shards import REJECT_REASONS, Sample, index_image_folder, write_tar_shard
 from jobs.embedder import EmbedPlan, Unit, _Counted, _Session
 
 SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input")
@@ -36,6 +36,7 @@ def test_rows_that_the_listing_refused_come_first(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"")
     index = index_image_folder(str(tmp_path))
     unit = Unit(0, str(tmp_path), index.slices[0], rejects=index.rejects)
+    assert (unit.num_rows, Unit(0, "x.tar").num_rows) == (2, None)
     rows = list(session().rows(unit))
     assert [(type(row), row.key) for row in rows] == [(Reject, "b.jpg"), (Sample, "a.jpg")]
     assert [type(row) for row in session().rows(Unit(1, str(tmp_path), rejects=index.rejects))] == [Reject]
@@ -48,6 +49,7 @@ def test_a_shard_that_is_none_stops_or_is_one_reject(tmp_path):
         list(session().rows(Unit(0, str(page))))
     (only,) = session(unreadable_shards="reject").rows(Unit(0, str(page)))
     assert (only.shard, only.key, only.reason) == (str(page), "", "unreadable_shard")
+    assert only.reason in REJECT_REASONS
     assert "not a tar file" in only.detail
 
 
