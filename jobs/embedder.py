@@ -27,7 +27,7 @@ from cir_core import files
 from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, StoreSpec
 from cir_core.encoders import load_encoder
 from cir_core.schema import Reject, UnreadableError
-from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
+from cir_core.shards import Sample, Slice, read_list_rows, read_shard, read_slice_rows
 from jobs.decoding import Decoded, Picture, decode_images
 from jobs.encoding import EncoderCalls
 from jobs.progress import Meter, StageMetrics
@@ -115,7 +115,8 @@ class _Session:
         if unit.pictures:
             yield from unit.pictures
         elif unit.files is not None:
-            yield from read_slice_rows(unit.files, require_caption=False)
+            cut = unit.files.links  # with all rows of a list, where a folder's listing has shown the bad ones
+            yield from read_list_rows(unit.files) if cut else read_slice_rows(unit.files, require_caption=False)
         elif not unit.rejects:
             try:
                 yield from read_shard(unit.shard, require_caption=False)
