@@ -142,7 +142,6 @@ def make_plan(
         model=model,
         pretrained=weights,
         adapter=None,
-        precision="auto",
         preprocessing_mode=None,
         captions="no",
         batch_size=config.batch_size,

@@ -26,12 +26,12 @@ from jobs.catalogue_encoder import check_encoder, choose_encoder
 from jobs.catalogue_lookup import StoreIds
 from jobs.catalogue_recall import measure_recall, sample_sizes, sample_uri
 from jobs.catalogue_report import publish, results_table, write_sheet
-from jobs.config import flat_parameters, public
+from jobs.config import flat_parameters, public, resolve_precision
 from jobs.decoding import embedding_resources
-from jobs.embedding_progress import some_rejects
 from jobs.gallery_search import Gallery, GallerySearch, Setting, settings_of
 from jobs.models import ModelInfo, inspect_model
 from jobs.progress import UnitGauge
+from jobs.reject_limit import some_rejects
 from jobs.session import check_resources, code_version, connect, say
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable
 
@@ -154,7 +154,7 @@ def _claim(
         "weights_digest": info.details.weights_digest,
         "adapter_digest": info.details.adapter_digest or "",
         "preprocessing": info.details.preprocessing_tag,
-        "precision": _precision(config),
+        "precision": resolve_precision(config.precision, use_gpu=config.use_gpu),
         **({"search": plan.described} if plan else {}),
     }
     claim = made | {
@@ -180,13 +180,6 @@ def _claim(
         made=made,
     )
     return run, folder
-
-
-def _precision(config: BatchRetrieveConfig) -> str:
-    """Return what "auto" means to the encoders."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if config.use_gpu else "fp32"
 
 
 def finished_parts(run: CatalogueRun) -> dict[int, dict[str, Any]]:

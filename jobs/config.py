@@ -308,6 +308,11 @@ def _expected(schema: Mapping[str, Any]) -> str:
     return f"{words} {' and '.join(bounds)}".strip()
 
 
+def resolve_precision(precision: str, *, use_gpu: bool) -> str:
+    """Return what "auto" means to `load_encoder` where the job runs: "fp32" or "bf16"; others as they are."""
+    return ("bf16" if use_gpu else "fp32") if precision == "auto" else precision
+
+
 def repository_root() -> Path:
     """Return the folder that holds jobs/ and cir_core/."""
     return Path(__file__).resolve().parent.parent

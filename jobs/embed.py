@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from cir_core.schema import CirError
-from jobs.config import JobConfig, parse_config
+from jobs.config import JobConfig, parse_config, resolve_precision
 from jobs.models import inspect_model
 from jobs.session import connect, run
 
@@ -76,6 +76,7 @@ def main() -> None:
         config.model,
         config.pretrained,
         config.adapter,
+        precision=resolve_precision(config.precision, use_gpu=config.use_gpu),
         preprocessing_mode=config.preprocessing_mode,
         decode=config.decode,
     )

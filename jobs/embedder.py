@@ -12,8 +12,8 @@ import itertools
 import json
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,10 +27,11 @@ from cir_core import files
 from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, StoreSpec
 from cir_core.encoders import load_encoder
 from cir_core.schema import Reject, UnreadableError
-from cir_core.shards import Sample, Slice, read_shard, read_slice_rows
+from cir_core.shards import Sample, Slice, read_list_rows, read_shard, read_slice_rows
 from jobs.decoding import Decoded, Picture, decode_images
 from jobs.encoding import EncoderCalls
 from jobs.progress import Meter, StageMetrics
+from jobs.reject_limit import RejectLimit
 from jobs.session import node_cpus
 
 UNITS_AT_ONCE = 2  # per encoder: the ends of one unit overlap with the middle of another
@@ -52,6 +53,13 @@ class Unit:
     pictures: tuple[Picture, ...] = ()
     rejects: tuple[Reject, ...] = ()
 
+    @property
+    def num_rows(self) -> int | None:
+        """Rows, good and bad, that the listing shows; None for a whole shard, which only its reader can count."""
+        if self.files is None and not self.pictures and not self.rejects:
+            return None
+        return len(self.rejects) + len(self.pictures) + (self.files.num_rows if self.files else 0)
+
     def packed(self) -> bytes:
         """Return the unit as Ray passes objects from one process of a job to another: a value for a column."""
         data: bytes = cloudpickle.dumps(self)
@@ -66,7 +74,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
-    """What to embed with what, and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded).
+    """What to embed with what (spec.precision included), and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded).
 
     ids: "key", or "shard" for <name of the shard>/<key>, where keys repeat from shard to shard.
     """
@@ -77,7 +85,6 @@ class EmbedPlan:
     model: str
     pretrained: str | None
     adapter: str | None
-    precision: str
     preprocessing_mode: str | None
     captions: str
     batch_size: int
@@ -90,7 +97,7 @@ class EmbedPlan:
     @property
     def encoder(self) -> tuple[str, str | None, str | None, str, str | None, str]:
         """What decides the model: plans with equal values share one in memory."""
-        return self.model, self.pretrained, self.adapter, self.precision, self.preprocessing_mode, self.decode
+        return self.model, self.pretrained, self.adapter, self.spec.precision, self.preprocessing_mode, self.decode
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class _Session:
     plan: EmbedPlan
     encoder: Any
     writer: EmbeddingWriter
+    limit: RejectLimit | None = None
 
     def rows(self, unit: Unit) -> Iterator[Row | Reject]:
         """Read a unit: usable rows, and rejects."""
@@ -107,7 +115,8 @@ class _Session:
         if unit.pictures:
             yield from unit.pictures
         elif unit.files is not None:
-            yield from read_slice_rows(unit.files, require_caption=False)
+            cut = unit.files.links  # with all rows of a list, where a folder's listing has shown the bad ones
+            yield from read_list_rows(unit.files) if cut else read_slice_rows(unit.files, require_caption=False)
         elif not unit.rejects:
             try:
                 yield from read_shard(unit.shard, require_caption=False)
@@ -155,8 +164,13 @@ def shard_name(uri: str) -> str:
 class ShardEmbedder:
     """An actor that turns units of one or several plans into parts; it loads one model at a time."""
 
-    def __init__(self, plans: list[EmbedPlan], board: ray.actor.ActorHandle | None = None) -> None:
-        self.plans, self.board = plans, board
+    def __init__(
+        self,
+        plans: list[EmbedPlan],
+        board: ray.actor.ActorHandle | None = None,
+        limits: Sequence[RejectLimit | None] | None = None,
+    ) -> None:
+        self.plans, self.board, self.limits = plans, board, limits or [None] * len(plans)
         self.metrics = StageMetrics("embed", "rows", "rejects", "megabytes")
         self._setting_up = threading.Lock()
         self._sessions: dict[int, _Session] = {}
@@ -169,7 +183,8 @@ class ShardEmbedder:
                 others = [one for one in self._sessions.values() if one.plan.encoder == plan.encoder]
                 encoder = others[0].encoder if others else self._load(plan)
                 self._sessions = {key: one for key, one in self._sessions.items() if one in others}
-                self._sessions[number] = _Session(plan, encoder, EmbeddingWriter(plan.output, plan.spec))
+                writer = EmbeddingWriter(plan.output, plan.spec)
+                self._sessions[number] = _Session(plan, encoder, writer, self.limits[number])
             return self._sessions[number]
 
     @staticmethod
@@ -183,14 +198,13 @@ class ShardEmbedder:
         return encoder
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Embed the units in `batch`; one row for each: its plan, its PartInfo and why rows were rejected, as JSON."""
+        """Embed the units in `batch`; one row for each: its plan and its PartInfo, as JSON."""
         for number, shipped in zip(batch["plan"], batch["unit"], strict=True):
             session, unit = self._session(int(number)), Unit.unpacked(shipped)
             info = session.writer.finished_part(unit.number)  # by an attempt that died before it could say so
-            reasons: Counter[str] = Counter()
             if info is None:
-                info, reasons = self.embed(session, unit)
-            told = {"plan": int(number), "part": asdict(info), "reasons": reasons, "shard": unit.shard}
+                info = self.embed(session, unit)
+            told = {"plan": int(number), "part": asdict(info)}
             yield {"told": np.array([json.dumps(told)])}
 
     @tenacity.retry(
@@ -199,8 +213,12 @@ class ShardEmbedder:
         stop=tenacity.stop_after_attempt(3),
         reraise=True,
     )
-    def embed(self, session: _Session, unit: Unit) -> tuple[PartInfo, Counter[str]]:
-        """Read, decode, encode and write one unit; a network failure that outlasts all patience repeats it."""
+    def embed(self, session: _Session, unit: Unit) -> PartInfo:
+        """Read, decode, encode and write one unit; a network failure that outlasts all patience repeats it.
+
+        Raises:
+            CirError: the unit brings the store above its limit of rejects; the rest of it is not read.
+        """
         plan = session.plan
         meter = Meter(self.board, self.metrics, key=f"{plan.output} {unit.number}")
         with session.writer.part(
@@ -225,7 +243,7 @@ class ShardEmbedder:
         meter.tell()
         if part.info is None:
             raise RuntimeError(f"{part.name} is not finished")
-        return part.info, Counter(reject.reason for reject in part.rejects)
+        return part.info
 
     def _append(
         self, session: _Session, part: PartWriter, rows: list[Row], images: np.ndarray[Any, Any], meter: Meter
@@ -249,6 +267,8 @@ class ShardEmbedder:
                 chunk, rejects = source.next_chunk(session.plan.batch_size)
             part.reject(rejects)
             meter.count(rejects=len(rejects))
+            if session.limit is not None:
+                session.limit.check_part(part.num_rows, part.rejects, lambda: meter.totals(f"{session.plan.output} "))
             if chunk:
                 waiting.append((chunk, decode_images.remote(chunk, preprocessing)))
             if waiting and (len(waiting) >= _IN_FLIGHT or not chunk):

@@ -7,6 +7,7 @@ A rerun skips the parts that are finished; the manifest is written last.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,9 @@ from cir_core.schema import CirError
 from cir_core.shards import cut_uri_list, index_image_folder, is_uri_list, list_images, list_shards, shard_versions
 from jobs.decoding import ENCODER_CPUS, Picture
 from jobs.embedder import UNITS_AT_ONCE, EmbedPlan, ShardEmbedder, Unit, shard_name
-from jobs.embedding_progress import EmbeddingProgress, RejectLimit
+from jobs.embedding_progress import EmbeddingProgress
 from jobs.progress import Reporter
+from jobs.reject_limit import RejectLimit
 from jobs.session import say
 from jobs.storage import absolute
 from jobs.tracking import Tracker
@@ -111,7 +113,7 @@ def picture_units(pictures: Sequence[Picture], versions: Mapping[str, StoredFile
 
 
 def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_digest: str, ids: str = "key") -> StoreSpec:
-    """Return the identity of the store that this encoder makes of this input."""
+    """Return the identity of the store that this encoder makes of this input; details.precision is the encoders'."""
     return StoreSpec(
         model=details.model,
         weights=details.pretrained or "own",
@@ -123,6 +125,7 @@ def store_spec(details: EncoderDetails, *, dtype: str, captions: str, input_dige
         dim=details.dim,
         dtype=dtype,
         input_digest=f"{input_digest}:{captions}" + ("" if ids == "key" else f":{ids}"),
+        precision=details.precision,
     )
 
 
@@ -155,13 +158,17 @@ def embed_stores(
     limits = [RejectLimit(plan.output, max_rejects, max_reject_share) for plan in plans]
     todo = []
     for number, (plan, writer) in enumerate(zip(plans, writers, strict=True)):
-        done = {} if writer.committed else writer.finished_parts()
-        if not writer.committed:
-            todo += [{"plan": number, "unit": unit.packed()} for unit in plan.units if unit.number not in done]
-            if done:
-                say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
+        if writer.committed:
+            limits[number].judge(EmbeddingStore.open(plan.output).parts)
+            continue
+        done = writer.finished_parts()
+        _check_rows(plan, done)
         for part in done.values():
             limits[number].count(part)
+        limits[number].check()
+        todo += [{"plan": number, "unit": unit.packed()} for unit in plan.units if unit.number not in done]
+        if done:
+            say(f"{plan.output}: {len(done)} of {len(plan.units)} parts are finished, going on with the rest")
     if todo:
         _run(plans, todo, min(num_encoders, len(todo)), limits, tracker)
     return [_commit(plan, writer, limit) for plan, writer, limit in zip(plans, writers, limits, strict=True)]
@@ -170,21 +177,33 @@ def embed_stores(
 def _commit(plan: EmbedPlan, writer: EmbeddingWriter, limit: RejectLimit) -> EmbeddingStore:
     if writer.committed:
         store = EmbeddingStore.open(plan.output)
-        limit.judge(store.parts)
         say(f"embedding store {plan.output}: {store.num_rows} rows, {store.manifest.num_rejects} rejects, reused")
         return store
     before = writer.finished_parts()
     if len(before) != len(plan.units):
         raise RuntimeError(f"{len(plan.units) - len(before)} of {len(plan.units)} parts of {plan.output} are missing")
-    parts = drop_duplicates(writer, before)
+    _check_rows(plan, before)
+    parts = drop_duplicates(writer, before, {unit.number: files.redact(unit.shard) for unit in plan.units})
     dropped = sum(parts[number].num_rejects - before[number].num_rejects for number in parts)
     if dropped:
         say(f"{plan.output}: {dropped} rows have an id that an earlier part has; they are now rejects")
     limit.judge(parts.values())
-    rows_in = sum(part.num_rows + part.num_rejects for part in parts.values())  # each part was checked when written
+    rows_in = sum(part.num_rows + part.num_rejects for part in before.values())  # as many as its reader gave, each
     manifest = writer.commit(rows_in=rows_in, parts=parts.values(), check_unique_ids=False)
     say(f"embedding store {plan.output}: {manifest.num_rows} rows, {manifest.num_rejects} rejects")
     return EmbeddingStore.open(plan.output)
+
+
+def _check_rows(plan: EmbedPlan, parts: Mapping[int, PartInfo]) -> None:
+    """Raise CirError for a part with more or fewer rows than the listing says. Shards were counted as they were read."""
+    for unit in plan.units:
+        part = parts.get(unit.number)
+        if part is not None and unit.num_rows not in (None, part.num_rows + part.num_rejects):
+            raise CirError(
+                f"{files.redact(plan.output)}: {part.name} has {part.num_rows} rows and {part.num_rejects} rejects of "
+                f"{files.redact(unit.shard)}, which has {unit.num_rows} there: the input was cut otherwise when it was "
+                "written; choose another output folder, or remove this one"
+            )
 
 
 def _run(
@@ -204,7 +223,7 @@ def _run(
             ),
             num_cpus=ENCODER_CPUS,
             num_gpus=1 if plans[0].use_gpu else None,
-            fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board),
+            fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board, copy.deepcopy(limits)),
         )
         dataset.context.target_max_block_size = 1  # each unit's row is told when it is there
         known: dict[int, list[PartInfo]] = {}
@@ -212,7 +231,7 @@ def _run(
             told = json.loads(str(row["told"]))
             part, number = part_info(told["part"]), told["plan"]
             progress.finished_unit()
-            limits[number].count(part, told["reasons"])
+            limits[number].count(part)
             limits[number].check()
             if part.num_rows and len(known.setdefault(number, [])) < 2:
                 known[number].append(part)

@@ -57,7 +57,6 @@ def embed(config: EmbedConfig, checking: ray.ObjectRef[ModelInfo]) -> None:
                 "model",
                 "pretrained",
                 "adapter",
-                "precision",
                 "preprocessing_mode",
                 "captions",
                 "batch_size",

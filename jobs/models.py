@@ -35,17 +35,20 @@ def inspect_model(
     pretrained: str | None,
     adapter: str | None = None,
     *,
+    precision: str = "auto",
     preprocessing_mode: str | None = None,
     decode: str = "exact",
     lora: dict[str, Any] | None = None,
     patch_dropout: float = 0.0,
 ) -> ModelInfo:
-    """Load a model as `load_encoder` does; with `lora`, check that it can get such an adapter and patch dropout.
+    """Load a model on the CPU as `load_encoder` does; with `lora`, check that it can get such an adapter and patch dropout.
 
     Raises:
         CirError: any mistake in the arguments.
     """
-    encoder = load_encoder(model, pretrained, adapter, "cpu", preprocessing_mode=preprocessing_mode, decode=decode)
+    encoder = load_encoder(
+        model, pretrained, adapter, "cpu", precision, preprocessing_mode=preprocessing_mode, decode=decode
+    )
     if lora is not None:
         from cir_core.lora import check_lora  # imports torch, as load_encoder does
         from cir_core.tuning.image_tower import set_patch_dropout

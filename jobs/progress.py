@@ -150,6 +150,18 @@ class Meter:
             with suppress(ray.exceptions.RayError):
                 self._board.tell.remote(self._key, dict(self._found))
 
+    def totals(self, prefix: str) -> dict[str, float] | None:
+        """Return the board's sums over the units whose keys begin so, this one's newest counts with them.
+
+        None if there is no board, or it does not answer.
+        """
+        self.tell()
+        with suppress(ray.exceptions.RayError):
+            if self._board is not None:
+                found: dict[str, float] = ray.get(self._board.totals.remote(prefix), timeout=5)
+                return found
+        return None
+
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class Board:
@@ -166,9 +178,16 @@ class Board:
             self._total[name] += found.get(name, 0.0) - before.get(name, 0.0)
         self._units[key] = found
 
-    def totals(self) -> dict[str, float]:
-        """Return the sums over all units."""
-        return dict(self._total)
+    def totals(self, prefix: str = "") -> dict[str, float]:
+        """Return the sums over all units, or over those whose keys begin so."""
+        if not prefix:
+            return dict(self._total)
+        found: defaultdict[str, float] = defaultdict(float)
+        for key, counts in self._units.items():
+            if key.startswith(prefix):
+                for name, amount in counts.items():
+                    found[name] += amount
+        return dict(found)
 
 
 class Reporter:

@@ -55,7 +55,6 @@ def gallery_plan(config: BatchRetrieveConfig, source: ImageSource, variant: Vari
         model=info.model,
         pretrained=info.pretrained,
         adapter=info.adapter,
-        precision=config.precision,
         preprocessing_mode=config.preprocessing_mode,
         captions=source.captions,
         batch_size=config.batch_size,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from jobs.config import JobConfig, parse_config
+from jobs.config import JobConfig, parse_config, resolve_precision
 from jobs.models import inspect_model
 from jobs.session import connect, run
 from jobs.start_up import StartUp
@@ -114,7 +114,7 @@ class TatTrainConfig(JobConfig):
     @property
     def resolved_precision(self) -> str:
         """Precision with "auto" decided: "fp32" or "bf16"."""
-        return ("bf16" if self.use_gpu else "fp32") if self.precision == "auto" else self.precision
+        return resolve_precision(self.precision, use_gpu=self.use_gpu)
 
     @property
     def lora(self) -> dict[str, Any]:

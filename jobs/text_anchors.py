@@ -77,23 +77,23 @@ def anchor_spec(details: EncoderDetails, precision: str, shards: Sequence[str]) 
         adapter_digest="",
         config_digest=details.config_digest,
         tokenizer_digest=details.tokenizer_digest,
-        preprocessing=f"captions-{precision}",
+        preprocessing="captions",
         dim=details.dim,
         dtype="float32",
         input_digest=f"{listing_digest(versions)}:anchors",
+        precision=precision,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorPlan:
-    """What to embed with what, and where to. spec, precision: as in `anchor_spec`."""
+    """What to embed with what, and where to. spec: as in `anchor_spec`."""
 
     indexes: tuple[ShardIndex, ...]
     uri: str
     spec: StoreSpec
     model: str
     pretrained: str | None
-    precision: str
     use_gpu: bool
 
     def writer(self) -> EmbeddingWriter:
@@ -110,7 +110,7 @@ class CaptionEmbedder:
         self._encoded = EncoderCalls(use_gpu=plan.use_gpu, threads=max(1, node_cpus() // num_actors))
         self.plan, self.writer = plan, plan.writer()
         device = "cuda" if plan.use_gpu else "cpu"
-        self.encoder = load_encoder(plan.model, plan.pretrained, device=device, precision=plan.precision)
+        self.encoder = load_encoder(plan.model, plan.pretrained, device=device, precision=plan.spec.precision)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Embed the shards whose numbers are in `batch`; one row of counts each."""
@@ -144,7 +144,6 @@ def make_anchors(
     spec: StoreSpec,
     *,
     storage_uri: str,
-    precision: str,
     num_actors: tuple[int, int],
     cpus_per_actor: float,
     use_gpu: bool,
@@ -152,7 +151,7 @@ def make_anchors(
     """Embed what is missing of the captions of all shards, commit the store, and open it.
 
     Args:
-        indexes: the counted shards. model, precision: what embeds, and how. spec: what `anchor_spec` said of them.
+        indexes: the counted shards. model: what embeds. spec: what `anchor_spec` said of them.
         storage_uri: the store's folder is made below it.
         num_actors: (fewest, most) processes with a copy of the model each; on a GPU each where use_gpu.
 
@@ -162,7 +161,7 @@ def make_anchors(
     uri = files.join(storage_uri, "anchors", spec.identity[:16])
     plan = AnchorPlan(
         indexes=tuple(indexes), uri=uri, spec=spec, model=model.model, pretrained=model.pretrained,
-        precision=precision, use_gpu=use_gpu,
+        use_gpu=use_gpu,
     )  # fmt: skip
     writer = plan.writer()
     reused = writer.committed
@@ -171,7 +170,7 @@ def make_anchors(
         missing = [number for number in range(len(indexes)) if number not in done]
         if missing:
             _embed(plan, missing, num_actors, cpus_per_actor)
-        if anchor_spec(model.details, precision, [index.shard for index in indexes]) != spec:
+        if anchor_spec(model.details, spec.precision, [index.shard for index in indexes]) != spec:
             raise CirError("the shards were changed while their captions were embedded; run the job again")
         # Keys are unique in a shard; two shards may hold the same ones.
         writer.commit(rows_in=sum(index.num_samples for index in indexes), check_unique_ids=False)
@@ -236,7 +235,6 @@ def run_anchors(
         model,
         spec,
         storage_uri=absolute(config.storage_path),
-        precision=precision,
         num_actors=workers,
         cpus_per_actor=config.cpus_per_worker,
         use_gpu=config.use_gpu,

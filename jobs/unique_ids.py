@@ -20,11 +20,13 @@ _TASK_ROWS = 2_000_000  # ids that one task reads, and a store that one process 
 _RANGE_ROWS = 16_000_000  # hashes that one task compares: 128 MB, and as much again to sort them
 
 
-def drop_duplicates(writer: EmbeddingWriter, parts: Mapping[int, PartInfo]) -> dict[int, PartInfo]:
+def drop_duplicates(
+    writer: EmbeddingWriter, parts: Mapping[int, PartInfo], shards: Mapping[int, str] | None = None
+) -> dict[int, PartInfo]:
     """Do what `EmbeddingWriter.drop_duplicates` does, of a large store in tasks."""
     num_rows = sum(part.num_rows for part in parts.values())
     if num_rows <= _TASK_ROWS:
-        return writer.drop_duplicates(parts)
+        return writer.drop_duplicates(parts, shards)
     groups = list(_groups([part for _, part in sorted(parts.items())]))
     count = max(2, -(-num_rows // _RANGE_ROWS))
     bounds = [(number << 64) // count for number in range(1, count)]
@@ -35,7 +37,8 @@ def drop_duplicates(writer: EmbeddingWriter, parts: Mapping[int, PartInfo]) -> d
     shared = ray.put(suspects)
     named = ray.get([_suspected.remote(writer, group, shared) for group in groups])
     found = later_ones(itertools.chain.from_iterable(named))
-    written = ray.get([_without.remote(writer, parts[index], rows) for index, rows in found.items()])
+    names = shards or {}
+    written = ray.get([_without.remote(writer, parts[one], rows, names.get(one)) for one, rows in found.items()])
     return {**parts, **{part.index: part for part in written}}
 
 
@@ -73,5 +76,5 @@ def _suspected(writer: EmbeddingWriter, parts: list[PartInfo], suspects: Hashes)
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def _without(writer: EmbeddingWriter, part: PartInfo, rows: list[tuple[str, int]]) -> PartInfo:
-    return writer.without(part, rows)
+def _without(writer: EmbeddingWriter, part: PartInfo, rows: list[tuple[str, int]], shard: str | None) -> PartInfo:
+    return writer.without(part, rows, shard)

@@ -12,7 +12,7 @@ from cir_core import files
 from cir_core.schema import CirError, embedding_schema
 
 FORMAT = "cir-embedding-store"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,8 @@ class StoreSpec:
 
     weights: the weights tag; weights_digest, adapter_digest: hashes of their files ("" for no adapter);
     config_digest, tokenizer_digest: of what tensors do not tell (activation, heads; vocabulary and rules);
-    preprocessing: its tag; dim: D; dtype: "float32" or "float16" on disk; input_digest: see `listing_digest`.
+    preprocessing: its tag; dim: D; dtype: "float32" or "float16" on disk; input_digest: see `listing_digest`;
+    precision: the encoder's arithmetic, "fp32" or "bf16", never "auto".
     """
 
     model: str
@@ -34,6 +35,7 @@ class StoreSpec:
     dim: int
     dtype: str
     input_digest: str
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         embedding_schema(self.dim, self.dtype)  # refuses an unknown dtype

@@ -46,7 +46,7 @@ class EmbeddingWriter:
         if found != self.spec:
             raise CirError(
                 f"{files.redact(self.uri)} holds embeddings of another identity "
-                f"({self.spec.differences(found)}); choose another output folder"
+                f"({self.spec.differences(found)}); choose another output folder, or the settings that it was begun with"
             )
 
     @contextmanager
@@ -160,18 +160,22 @@ class EmbeddingWriter:
         columns = parts[0].columns if parts else ()
         return EmbeddingStore(self.uri, Manifest(self.spec, num_rows, num_rejects, columns, tuple(parts)))
 
-    def drop_duplicates(self, parts: Mapping[int, PartInfo]) -> dict[int, PartInfo]:
+    def drop_duplicates(
+        self, parts: Mapping[int, PartInfo], shards: Mapping[int, str] | None = None
+    ) -> dict[int, PartInfo]:
         """Keep the first row of each id: write the parts that hold a later one again, with that row as a reject.
 
-        The reject's shard is the part. Returns all parts as they are now; killed half-way, the same again goes on.
+        shards: what parts were made of, by index; a reject names it, or else the part. Returns all parts as they are
+        now; killed half-way, the same again goes on.
         """
-        found = self.duplicates(parts.values())
-        return {**parts, **{index: self.without(parts[index], rows) for index, rows in found.items()}}
+        found, names = self.duplicates(parts.values()), shards or {}
+        return {**parts, **{one: self.without(parts[one], rows, names.get(one)) for one, rows in found.items()}}
 
-    def without(self, part: PartInfo, rows: Sequence[tuple[str, int]]) -> PartInfo:
+    def without(self, part: PartInfo, rows: Sequence[tuple[str, int]], shard: str | None = None) -> PartInfo:
         """Write a part again with some (id, part that keeps it) as rejects; return what it is now. Twice is as once.
 
-        Raises CirError if the part was written again otherwise, or only half of it was.
+        shard: as in `drop_duplicates`. Raises CirError if the part was written again otherwise, only half of it was, or
+        it does not hold these ids.
         """
         now = self.finished_part(part.index)
         left = (part.num_rows - len(rows), part.num_rejects + len(rows))
@@ -188,7 +192,13 @@ class EmbeddingWriter:
             for batch in self.uncommitted([part]).iter_batches():
                 again.copy(batch, leave_out=dict(rows).keys())
             again.reject(before)
-            again.reject(Reject(part.name, one, "duplicate_id", f"{part_name(place)} has it") for one, place in rows)
+            again.reject(
+                Reject(shard or part.name, one, "duplicate_id", f"{part_name(place)} has it") for one, place in rows
+            )
+            if (again.num_rows, len(again.rejects)) != left:
+                raise CirError(
+                    f"{files.redact(self.uri)}: {part.name} does not hold the ids to drop; run the job again"
+                )
         return self._info(again)
 
     def commit(
@@ -221,6 +231,8 @@ class EmbeddingWriter:
 
 
 def _parsed_spec(value: Any, name: str) -> StoreSpec:
+    if isinstance(value, dict) and "precision" not in value:
+        raise CirError(f"{name}: begun by older code, which does not say its precision; choose another output folder")
     try:
         return StoreSpec(**value)
     except TypeError as error:

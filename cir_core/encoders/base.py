@@ -40,7 +40,7 @@ class EncoderDetails:
         """One line that is equal exactly when the same pictures and texts should get the same embeddings.
 
         Independent of machine, folder and device. Precision is left out: the same model on CPU (fp32) and GPU
-        (bf16) is one model; who mixes them can compare `precision`.
+        (bf16) is one model, and either may search a store of the other. What is stored knows it: `StoreSpec.precision`.
         """
         parts = {
             "weights": _short(self.weights_digest),

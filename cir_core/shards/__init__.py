@@ -10,6 +10,7 @@ without fetching the images, for work that is too long for one process.
 from cir_core.shards.fetch import fetch_image
 from cir_core.shards.images import index_image_folder, list_images
 from cir_core.shards.index import find_images, index_shard, read_captions, read_shard, read_slice, read_slice_rows
+from cir_core.shards.linked import read_list_rows
 from cir_core.shards.listing import list_shards, shard_versions
 from cir_core.shards.model import (
     IMAGE_SUFFIXES,
@@ -41,6 +42,7 @@ __all__ = [
     "list_shards",
     "read_captions",
     "read_links",
+    "read_list_rows",
     "read_shard",
     "read_slice",
     "read_slice_rows",

@@ -10,7 +10,7 @@ from cir_core.schema import CirError, Reject
 from cir_core.shards.fetch import fetch_image, in_order
 from cir_core.shards.list_rows import list_rows, range_rows
 from cir_core.shards.model import MAX_SAMPLE_BYTES, Sample, ShardIndex, Slice, SliceBuilder, UnusableError
-from cir_core.shards.uri_list import Link, judge_link, sort_links
+from cir_core.shards.uri_list import Link, judge_link, read_links, sort_links
 
 Fetched = bytes | UnusableError
 
@@ -45,6 +45,14 @@ def list_captions(uri: str) -> Iterator[tuple[str, str]]:
 def read_list_slice(part: Slice, *, require_caption: bool) -> Iterator[Sample | Reject]:
     """Yield the rows that `index_list` counted: a Sample each, or the Reject of an image that cannot be had."""
     yield from _fetch_all(_slice_links(part, require_caption=require_caption), files.redact(part.shard), part.first_row)
+
+
+def read_list_rows(part: Slice) -> Iterator[Sample | Reject]:
+    """Yield a Sample or a Reject for each of the `part.num_rows` rows of a slice of `cut_uri_list`, in order.
+
+    Captions are not required. Raises CirError if the list was changed since it was cut, OSError if a store does not answer.
+    """
+    yield from _fetch_all(read_links(part), files.redact(part.shard), part.first_row)
 
 
 def _slice_links(part: Slice, *, require_caption: bool) -> Iterator[Link]:

@@ -204,6 +204,16 @@ def test_another_identity_is_refused(uri):
         EmbeddingWriter(uri, other)
 
 
+def test_a_store_begun_in_one_precision_does_not_go_on_in_another(uri):
+    EmbeddingWriter(uri, SPEC).write_part(0, ids_of(0, 3), unit(3))
+    with pytest.raises(CirError, match=r"\(precision: 'fp32' there, 'bf16' here\); choose another output folder, or"):
+        EmbeddingWriter(uri, replace(SPEC, precision="bf16"))
+    begun = {name: value for name, value in asdict(SPEC).items() if name != "precision"}
+    files.write_json(files.join(uri, "_progress", "spec.json"), begun)  # as before there was the field
+    with pytest.raises(CirError, match=r"spec\.json: begun by older code, which does not say its precision"):
+        EmbeddingWriter(uri, SPEC)
+
+
 def test_parts_of_two_identities_never_mix(tmp_path):
     first = EmbeddingWriter(str(tmp_path), SPEC)
     first.write_part(0, ids_of(0, 3), unit(3))
@@ -218,7 +228,7 @@ def test_parts_of_two_identities_never_mix(tmp_path):
 def test_identity_covers_every_field():
     changed = [replace(SPEC, **{name: "x"}) for name in asdict(SPEC) if name not in ("dim", "dtype")]
     changed += [replace(SPEC, dim=9), replace(SPEC, dtype="float16")]
-    assert len({SPEC.identity, *(spec.identity for spec in changed)}) == 11
+    assert len({SPEC.identity, *(spec.identity for spec in changed)}) == 12
     assert StoreSpec(**json.loads(json.dumps(asdict(SPEC)))).identity == SPEC.identity
     with pytest.raises(CirError, match="dtype"):
         replace(SPEC, dtype="bfloat16")
@@ -322,7 +332,7 @@ def test_verify_finds_damage(tmp_path):
     ("change", "message"),
     [
         ({"format": "other"}, "not the manifest"),
-        ({"version": 1}, "version 1"),
+        ({"version": 3}, "version 3; this code reads version 4: make the store again"),
         ({"identity": "0"}, "identity does not match"),
         ({"num_rows": 11}, "not the sum"),
         ({"parts": [{}]}, "incomplete manifest"),

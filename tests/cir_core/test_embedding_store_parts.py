@@ -16,6 +16,7 @@ from cir_core import files
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter, StoreSpec
 from cir_core.embedding_store.__main__ import main
 from cir_core.schema import CirError, Reject
+from cir_core.shards import REJECT_REASONS
 
 DIM = 4
 SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", DIM, "float32", "input")
@@ -97,7 +98,7 @@ def fill(writer):
 def test_later_rows_of_an_id_become_rejects(tmp_path):
     writer = EmbeddingWriter(str(tmp_path), SPEC)
     fill(writer)
-    kept = writer.drop_duplicates(writer.finished_parts())
+    kept = writer.drop_duplicates(writer.finished_parts(), {0: "a.tar", 2: "c.tar"})
     writer.commit(rows_in=16, parts=kept.values())
     store = EmbeddingStore.open(str(tmp_path))
     assert store.read_ids() == [str(number) for number in range(10)]
@@ -105,10 +106,11 @@ def test_later_rows_of_an_id_become_rejects(tmp_path):
     captions = [text for block in store.iter_blocks(columns=["caption"]) for text in block.columns["caption"]]
     assert captions == [f"c{number}" for number in range(10)]
     assert store.manifest.num_rejects == 6
+    assert "duplicate_id" in REJECT_REASONS
     assert [[(one.shard, one.key, one.reason) for one in part] for part in store.read_rejects()] == [
         [("s", "r0", "empty")],
         [("s", "r1", "empty"), ("part-00001", "3", "duplicate_id")],
-        [("s", "r2", "empty"), ("part-00002", "6", "duplicate_id"), ("part-00002", "3", "duplicate_id")],
+        [("s", "r2", "empty"), ("c.tar", "6", "duplicate_id"), ("c.tar", "3", "duplicate_id")],
     ]
     assert store.verify() == []
 
@@ -133,6 +135,9 @@ def test_a_part_is_written_without_rows_once(tmp_path):
     assert writer.finished_parts()[2] == written
     with pytest.raises(CirError, match="part-00002 was changed meanwhile"):
         writer.without(parts[2], rows[:1])
+    with pytest.raises(CirError, match="part-00001 does not hold the ids to drop"):
+        writer.without(parts[1], [("stranger", 0)])
+    assert writer.finished_parts()[1] == parts[1]
 
 
 def test_a_kill_before_the_rejects_are_written_makes_the_part_unfinished(tmp_path, monkeypatch):
@@ -165,7 +170,7 @@ def test_the_commands(store_uri, tmp_path, capsys):
     code, shown, _ = command("info", store_uri)
     assert code == 0
     lines = dict((*line.split(None, 1), "")[:2] for line in shown.splitlines())
-    assert (lines["rows"], lines["dim"], lines["model"]) == ("10", "4", "tiny")
+    assert (lines["rows"], lines["dim"], lines["model"], lines["precision"]) == ("10", "4", "tiny", "fp32")
     assert "rejects: duplicate_id 3" in " ".join(shown.split())
     assert command("verify", store_uri) == (0, "sound: 3 parts, 10 rows, 6 rejects\n", "")
     part = tmp_path / "store" / "part-00001.parquet"

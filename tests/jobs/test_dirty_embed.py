@@ -1,5 +1,6 @@
 """All dirty shards that open, in one folder, through `embed` on a real cluster: every row is there or says why not."""
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from dirty_table import SHARDS
 
 from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
-from cir_core.shards import list_shards
+from cir_core.shards import list_shards, write_tar_shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -70,3 +71,17 @@ def test_a_limit_on_rejects_stops_the_job_and_names_some(servers, dirty, model, 
     assert any(reason in done.stderr for kind in ends() for _, reason in kind.rejects)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+@pytest.mark.long
+def test_a_shard_of_pages_stops_the_job_before_its_end(servers, model, tmp_path):
+    pages = [(f"k{number:05d}", b"<html>not found</html>", "jpg", "a page") for number in range(20_000)]
+    (tmp_path / "data").mkdir()
+    write_tar_shard(str(tmp_path / "data" / "00000.tar"), pages)
+    for _ in range(2):
+        done = embed(servers, tmp_path / "data", tmp_path / "store", model, "--batch_size", "100")
+        assert done.returncode == 2
+        (found,) = re.findall(r"error: (\d+) of \1 images cannot be used, more than the share of 0\.5", done.stderr)
+        assert 1000 <= int(found) < 5000
+        assert "Traceback" not in done.stderr
+        assert not list((tmp_path / "store").glob("part-*"))

@@ -4,8 +4,9 @@ import pytest
 
 from cir_core.embedding_store import StoreSpec
 from cir_core.schema import CirError, Reject
-from cir_core.shards import Sample, index_image_folder, write_tar_shard
+from cir_core.shards import REJECT_REASONS, Sample, index_image_folder, write_tar_shard
 from jobs.embedder import EmbedPlan, Unit, _Counted, _Session
+from jobs.embedding import find_units
 
 SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input")
 PICTURES = [(f"k{number}", b"x" * 10, "jpg", f"c{number}") for number in range(5)]
@@ -13,7 +14,7 @@ PICTURES = [(f"k{number}", b"x" * 10, "jpg", f"c{number}") for number in range(5
 
 def session(**settings):
     plan = EmbedPlan(
-        units=(), output="out", spec=SPEC, model="tiny", pretrained=None, adapter=None, precision="auto",
+        units=(), output="out", spec=SPEC, model="tiny", pretrained=None, adapter=None,
         preprocessing_mode=None, captions="text", batch_size=4, use_gpu=False, **settings,
     )  # fmt: skip
     return _Session(plan, None, None)
@@ -36,9 +37,21 @@ def test_rows_that_the_listing_refused_come_first(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"")
     index = index_image_folder(str(tmp_path))
     unit = Unit(0, str(tmp_path), index.slices[0], rejects=index.rejects)
+    assert (unit.num_rows, Unit(0, "x.tar").num_rows) == (2, None)
     rows = list(session().rows(unit))
     assert [(type(row), row.key) for row in rows] == [(Reject, "b.jpg"), (Sample, "a.jpg")]
     assert [type(row) for row in session().rows(Unit(1, str(tmp_path), rejects=index.rejects))] == [Reject]
+
+
+def test_every_row_of_a_list_is_kept_or_rejected(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "list.csv").write_text("uri,key\na.jpg,k0\n,k1\na.jpg,k0\nb.jpg,k3\na.jpg,k4\n")
+    ((unit,), _) = find_units(str(tmp_path / "list.csv"))
+    rows = list(session().rows(unit))
+    assert [(row.key, getattr(row, "reason", "")) for row in rows] == [
+        ("k0", ""), ("k1", "missing_uri"), ("k0", "duplicate_key"), ("k3", "missing"), ("k4", ""),
+    ]  # fmt: skip
+    assert unit.num_rows == len(rows)
 
 
 def test_a_shard_that_is_none_stops_or_is_one_reject(tmp_path):
@@ -48,6 +61,7 @@ def test_a_shard_that_is_none_stops_or_is_one_reject(tmp_path):
         list(session().rows(Unit(0, str(page))))
     (only,) = session(unreadable_shards="reject").rows(Unit(0, str(page)))
     assert (only.shard, only.key, only.reason) == (str(page), "", "unreadable_shard")
+    assert only.reason in REJECT_REASONS
     assert "not a tar file" in only.detail
 
 

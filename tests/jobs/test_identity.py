@@ -2,14 +2,23 @@
 
 import json
 import os
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from cir_core.embedding_store import EmbeddingWriter, StoreSpec
 from cir_core.encoders import load_encoder
-from cir_core.schema import CirError
-from jobs.embedding import find_units, store_spec
+from cir_core.schema import CirError, Reject
+from jobs import embedding
+from jobs.config import resolve_precision
+from jobs.embedder import EmbedPlan
+from jobs.embedding import embed_stores, find_units, store_spec, store_uri
+from jobs.models import inspect_model
 from jobs.storage import RunFolder
 from jobs.training_job import check_same_data
+
+SPEC = StoreSpec("m", "w", "d", "", "c", "t", "crop", 2, "float32", "i")
 
 
 def folder_with(path, text):
@@ -59,3 +68,38 @@ def test_models_with_equal_weights_and_another_activation_make_two_stores(make_t
         identities.append((spec.weights_digest, spec.config_digest))
     assert identities[0][0] == identities[1][0]
     assert identities[0][1] != identities[1][1]
+
+
+def test_another_precision_makes_another_store(make_tiny_model_dir, tmp_path):
+    """A driver checks the model on a CPU, whatever its encoders run on: it says what "auto" is to them."""
+    assert [resolve_precision("auto", use_gpu=gpu) for gpu in (False, True)] == ["fp32", "bf16"]
+    assert resolve_precision("fp32", use_gpu=True) == "fp32"
+    model, specs = f"local-dir:{make_tiny_model_dir(tmp_path / 'model')}", []
+    for precision in ("fp32", "bf16"):
+        details = inspect_model._function(model, None, precision=precision).details
+        specs.append(store_spec(details, dtype="float32", captions="no", input_digest="same"))
+    assert [spec.precision for spec in specs] == ["fp32", "bf16"]
+    assert specs[0].differences(specs[1]) == "precision: 'bf16' there, 'fp32' here"
+    assert store_uri(str(tmp_path), specs[0]) != store_uri(str(tmp_path), specs[1])
+
+
+def test_parts_of_a_folder_that_was_cut_otherwise_are_refused(tmp_path, monkeypatch):
+    """Such as by a version of this code with larger parts: a row between the cuts would be in no part."""
+    monkeypatch.setattr(embedding, "_run", lambda *_: pytest.fail("it embeds"))
+    monkeypatch.setattr(embedding, "_FOLDER_ROWS", 2)
+    for name in "abcd":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    units, digest = find_units(str(tmp_path))
+    plan = EmbedPlan(
+        units=tuple(units), output=str(tmp_path / "store"), spec=replace(SPEC, input_digest=digest), model="m",
+        pretrained=None, adapter=None, preprocessing_mode=None, captions="no", batch_size=1, use_gpu=False,
+    )  # fmt: skip
+    writer = EmbeddingWriter(plan.output, plan.spec)
+    rejects = [Reject("x", "b.jpg", "unreadable")]
+    writer.write_part(0, ["a.jpg"], np.float32([[1, 0]]), rejects=rejects)
+    writer.write_part(1, ["d.jpg"], np.float32([[1, 0]]))
+    with pytest.raises(CirError, match=r"part-00001 has 1 rows and 0 rejects of .*, which has 2 there"):
+        embed_stores([plan], num_encoders=1, max_rejects=None)
+    writer.write_part(1, ["c.jpg", "d.jpg"], np.float32([[1, 0], [0, 1]]))
+    (store,) = embed_stores([plan], num_encoders=1, max_rejects=None)
+    assert (store.num_rows, store.manifest.num_rejects) == (3, 1)

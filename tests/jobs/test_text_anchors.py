@@ -203,8 +203,7 @@ def make(shards, model_dir, storage, precision="fp32"):
     indexes = [index_shard(shard) for shard in shards]
     spec = anchor_spec(encoder.details, precision, shards)
     anchors = make_anchors(
-        indexes, info, spec, storage_uri=str(storage), precision=precision, num_actors=(1, 2), cpus_per_actor=0.5,
-        use_gpu=False,
+        indexes, info, spec, storage_uri=str(storage), num_actors=(1, 2), cpus_per_actor=0.5, use_gpu=False,
     )  # fmt: skip
     return anchors, indexes
 
@@ -274,7 +273,7 @@ def test_a_resumed_run_keeps_the_anchors_it_began_with(connected, tiny_model_dir
 
     begun = run("bf16")
     assert run("auto").store.identity == begun.store.identity
-    assert "captions-bf16" in begun.store.manifest.spec.preprocessing
+    assert begun.store.manifest.spec.precision == "bf16"
     rules = json.loads((model / "tokenizer.json").read_text())
     rules["normalizer"] = None
     (model / "tokenizer.json").write_text(json.dumps(rules))
@@ -290,7 +289,7 @@ def test_a_shard_that_changes_while_it_is_embedded_stops_the_run(connected, tiny
     encoder = load_encoder(f"local-dir:{tiny_model_dir}", device="cpu")
     info = ModelInfo(f"local-dir:{tiny_model_dir}", None, None, encoder.details, encoder.preprocessing)
     index, spec = index_shard(shard), anchor_spec(encoder.details, "fp32", [shard])
-    settings = {"precision": "fp32", "num_actors": (1, 1), "cpus_per_actor": 0.5, "use_gpu": False}
+    settings = {"num_actors": (1, 1), "cpus_per_actor": 0.5, "use_gpu": False}
     write_tar_shard(shard, rows[:5])
     with pytest.raises(Exception, match="holds 5 samples where 9 were counted"):
         make_anchors([index], info, spec, storage_uri=str(tmp_path), **settings)

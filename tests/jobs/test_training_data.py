@@ -49,7 +49,6 @@ def text_anchors(connected, shards, tiny_model_dir, tmp_path_factory):
         info,
         anchor_spec(encoder.details, "fp32", shards),
         storage_uri=str(tmp_path_factory.mktemp("storage")),
-        precision="fp32",
         num_actors=(1, 1),
         cpus_per_actor=0.5,
         use_gpu=False,

@@ -45,10 +45,11 @@ def test_tasks_do_what_one_process_does(servers, tmp_path, monkeypatch, range_ro
     shutil.copytree(tmp_path / "one", tmp_path / "many")
     many = EmbeddingWriter(str(tmp_path / "many"), SPEC)
     before = one.finished_parts()
-    expected = one.drop_duplicates(before)
+    shards = {index: f"{index}.tar" for index in range(0, 7, 2)}
+    expected = one.drop_duplicates(before, shards)
     assert (expected != before) == (different == 150)
     monkeypatch.setattr(unique_ids, "_TASK_ROWS", 50)
     monkeypatch.setattr(unique_ids, "_RANGE_ROWS", range_rows)
-    assert unique_ids.drop_duplicates(many, before) == expected == many.finished_parts()
+    assert unique_ids.drop_duplicates(many, before, shards) == expected == many.finished_parts()
     rows_in = sum(part.num_rows + part.num_rejects for part in before.values())
     many.commit(rows_in=rows_in)  # ids are unique now
