@@ -75,6 +75,11 @@ def is_local(uri: str) -> bool:
     return split(uri).scheme in ("", "file")
 
 
+def is_web(uri: str) -> bool:
+    """Whether `uri` is the address of a web server's file."""
+    return split(uri).scheme in ("http", "https")
+
+
 def local_path(uri: str) -> Path:
     """Return the absolute path of a local URI; CirError for any other."""
     parts = split(uri)

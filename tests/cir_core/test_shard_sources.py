@@ -380,7 +380,7 @@ def test_images_of_the_web(tmp_path):
     with files.patience(0), pytest.raises(OSError, match="no connection"):
         shards.fetch_image(f"{host}/200.jpg")
     for bad in ("http://", "https://host:port/x.jpg"):
-        with pytest.raises(CirError, match="not an address"):
+        with pytest.raises(CirError, match=r"not an address|cannot open this kind of URI"):
             shards.fetch_image(bad)
 
 
