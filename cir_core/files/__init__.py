@@ -3,7 +3,9 @@
 A URI is a local path (relative ones count from the working directory), `file:///...`, an object store URI
 (`s3://bucket/key`, `gs://`, `abfs://`, opened by pyarrow) or anything else fsspec knows (`memory://`,
 `https://`). Keys of object stores are taken literally, never percent-decoded; `?name=value` at the end of
-such a URI is an option of the file system, as in `s3://bucket/key?endpoint_override=127.0.0.1:9000`.
+such a URI is an option of the file system, as in `s3://bucket/key?endpoint_override=127.0.0.1:9000`. A key that
+itself ends like one needs an option behind it, which `join` and `list_files` give it:
+`s3://bucket/photo?id=3.jpg?allow_bucket_creation=false`.
 
 Every write is atomic: a reader sees the old file or the new one, whole. A file, folder or bucket that does not exist
 and a refused access are `CirError`, at once. What may pass (throttling, resets, timeouts, short reads, a store that is

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import fsspec
@@ -18,16 +19,16 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import tenacity
 
-from cir_core.files.uris import is_local, join, local_path, redact, scrub, split
+from cir_core.files.uris import is_local, is_web, join, local_path, redact, scrub, split
 from cir_core.schema import CirError
 
 ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
-WEB_SCHEMES = frozenset({"http", "https"})
+_GONE = (404, 410)
 _MISSING = ("NO_SUCH_BUCKET", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "Bucket does not exist", "not found")
 _REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
 # Answers that the same request will get again; 408, 409 (a conflict with another request) and 429 ask for another try.
 _FINAL = re.compile(r"HTTP status (?!408|409|429)(3\d\d|4\d\d)|INVALID_PARAMETER|INVALID_URI|METHOD_NOT_ALLOWED")
-_CLIENTS = ("aiohttp", "botocore", "http", "urllib3")  # libraries under fsspec whose errors are no OSError
+_CLIENTS = ("botocore", "http", "httpx", "httpx2", "urllib3")  # libraries under fsspec whose errors are no OSError
 _logger = logging.getLogger("cir_core.files")
 _patience: ContextVar[float] = ContextVar("patience", default=180.0)
 _watchers: list[Callable[[], object]] = []
@@ -106,18 +107,21 @@ def clear_errors(uri: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if split(uri).scheme in WEB_SCHEMES and (answer := _web_answer(error)) not in (None, 404, 410):
-            raise _web_error(name, answer) from None
-        raise CirError(f"{name}: no such file, folder or bucket; check the path") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_there(name) from None
     except IsADirectoryError:
         raise CirError(f"{name}: is a folder, expected a file") from None
     except PermissionError as error:
         raise CirError(f"{name}: access refused ({scrub(str(error), uri)}); check the permissions") from None
-    except OSError as error:
-        raise _worded(error, uri) from None
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+        library = type(error).__module__.partition(".")[0]
+        if library == "aiohttp":
+            raise _web_error(error, uri) from None
+        if status := getattr(getattr(error, "response", None), "status_code", None):  # of hf:// and its like
+            raise _answered(name, status) from None
+        if isinstance(error, OSError):
+            raise _worded(error, uri) from None
+        if library not in _CLIENTS:
             raise
         raise StorageError(f"{name}: {type(error).__name__} {scrub(str(error), uri)}") from None
 
@@ -135,18 +139,67 @@ def _worded(error: OSError, uri: str) -> Exception:
     return StorageError(error.errno, f"{name}: {text}")
 
 
-def _web_answer(error: OSError) -> int | None:
-    """Return the HTTP status behind fsspec's FileNotFoundError; 0 where no answer came, None where there is no telling."""
-    cause = error.__cause__ or error.__context__
-    return int(getattr(cause, "status", 0)) if cause is not None else None
+def _not_there(name: str) -> CirError:
+    return CirError(f"{name}: no such file, folder or bucket; check the path")
 
 
-def _web_error(name: str, status: int | None) -> Exception:
+def _answered(name: str, status: int) -> Exception:
+    if status in _GONE:
+        return _not_there(name)
     if status in (401, 403):
-        return CirError(f"{name}: access refused (HTTP {status})")
-    if status and 400 <= status < 500 and status not in (408, 429):
-        return CirError(f"{name}: the server refuses the request (HTTP {status})")
-    return StorageError(f"{name}: {f'HTTP {status}' if status else 'no answer'}")
+        return CirError(f"{name}: access refused (HTTP {status}); check the permissions")
+    if status >= 500 or status in (408, 425, 429):  # these say nothing about the file
+        return StorageError(f"{name}: the server answers {status}")
+    return CirError(f"{name}: the server refuses the request (HTTP {status})")
+
+
+def _web_error(error: Exception, uri: str) -> Exception:
+    import aiohttp  # here: only web addresses need it
+
+    name = redact(uri)
+    if isinstance(error, aiohttp.ClientResponseError):
+        return _answered(name, error.status)
+    if isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL)):
+        return CirError(f"{name}: not an address to fetch from ({type(error).__name__})")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        if isinstance(error.os_error, socket.gaierror) and error.os_error.errno == socket.EAI_NONAME:
+            return CirError(f"{name}: no such host")
+        return StorageError(f"{name}: no connection ({error.os_error})")
+    return StorageError(f"{name}: the transfer broke off ({type(error).__name__})")
+
+
+def info_of(opened: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Return fsspec's record of a file; of a web server any failure, which fsspec would call "not found"."""
+    try:
+        return cast(dict[str, Any], opened.info(path))
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if "https" in opened.protocol and cause is not None and getattr(cause, "status", None) not in _GONE:
+            raise cause from None
+        raise
+
+
+class _Handler(pafs.FSSpecHandler):  # type: ignore[misc]
+    """Lets failures through: pyarrow's own asks fsspec's `isfile`, which takes a store that is away for "no"."""
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        """Return what is at each path."""
+        return [self._file_info(path) for path in paths]
+
+    def _file_info(self, path: str) -> pafs.FileInfo:
+        try:
+            info = info_of(self.fs, path)
+        except FileNotFoundError:
+            return pafs.FileInfo(path, pafs.FileType.NotFound)
+        return self._create_file_info(path, info)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        """Open for reading."""
+        if info_of(self.fs, path)["type"] == "directory":
+            raise IsADirectoryError(path)
+        return pa.PythonFile(self.fs.open(path, mode="rb"), mode="r")
+
+    open_input_stream = open_input_file
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -163,14 +216,24 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 root_uri = f"{parts.scheme}://{_quoted_netloc(parts.netloc)}/{parts.query}"
                 opened, root = _arrow_filesystem(root_uri, _store_settings())
                 return opened, f"{root.rstrip('/')}/{parts.path}".rstrip("/") if parts.path else root
-            opened, path = fsspec.core.url_to_fs(uri)
+            web = is_web(uri)
+            opened, path = fsspec.core.url_to_fs(uri, **(_web_options() if web else {}))
+            if web:
+                opened.encode_url(path)  # a bad address is told here, not by the first request
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError) as error:
             detail = scrub(str(error), uri)
             raise CirError(
                 f"{redact(uri)}: cannot open this kind of URI ({detail}); use a local path, s3://, gs://, "
                 "abfs:// or a scheme that an installed fsspec package provides"
             ) from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(opened)), path
+    return pafs.PyFileSystem(_Handler(opened)), path
+
+
+def _web_options() -> dict[str, Any]:
+    import aiohttp
+
+    # A shard may take longer than the 5 minutes which aiohttp gives a whole transfer; silence may not.
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
 
 
 def _quoted_netloc(netloc: str) -> str:
@@ -209,7 +272,7 @@ def size_bytes(uri: str) -> int:
     """Return the size of a file in bytes."""
     info = _info(uri)
     if info.type == pafs.FileType.NotFound:
-        raise CirError(f"{redact(uri)}: no such file, folder or bucket; check the path")
+        raise _not_there(redact(uri))
     if info.type == pafs.FileType.Directory or info.size is None:
         raise CirError(f"{redact(uri)}: is not a file with a known size")
     return int(info.size)

@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cir_core.files.access import WEB_SCHEMES, StorageError, attempt, clear_errors, filesystem
-from cir_core.files.uris import is_local, local_path, redact, split
+from cir_core.files.access import StorageError, attempt, clear_errors, filesystem
+from cir_core.files.uris import is_local, is_web, local_path, redact
+from cir_core.files.web import WebFile, WebStream
 from cir_core.schema import CirError, UnreadableError
 
 RANGE_BYTES = 8 << 20
@@ -23,7 +24,7 @@ _PARQUET_FAULTS = ("thrift", "orrupt", "Unexpected end", "magic", "Parquet")  # 
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of an object store, for random access. Every range is tried again by itself; a short answer is no end.
+    """A file of an object store or a web server, for random access. Every range is tried again by itself; a short answer is no end.
 
     Raises CirError if the file is written again while it is read: its ranges would not fit together.
     """
@@ -31,14 +32,14 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._filesystem, self._path = filesystem(uri)
-        self._file: pa.NativeFile | None = None
+        self._file: pa.NativeFile | WebFile | None = None
         self._version: object = None
         self._position = 0
         self.size = int(attempt(uri, lambda: self._opened().size()))
 
-    def _opened(self) -> pa.NativeFile:
+    def _opened(self) -> pa.NativeFile | WebFile:
         if self._file is None:
-            file = self._filesystem.open_input_file(self._path)
+            file = WebFile(self.uri) if is_web(self.uri) else self._filesystem.open_input_file(self._path)
             version = (file.size(), _etag(file))
             if self._version not in (None, version):
                 raise CirError(f"{redact(self.uri)} was written again while it was being read; start again")
@@ -98,7 +99,7 @@ class RemoteFile(io.RawIOBase):
         return len(data)
 
 
-def _etag(file: pa.NativeFile) -> object:
+def _etag(file: pa.NativeFile | WebFile) -> object:
     try:
         return (file.metadata() or {}).get("ETag")
     except (OSError, ValueError, NotImplementedError):  # not every file system tells
@@ -154,10 +155,9 @@ def open_stream(uri: str) -> Iterator[BinaryIO]:
     if is_local(uri):
         with clear_errors(uri), local_path(uri).open("rb") as stream:
             yield stream
-    elif split(uri).scheme in WEB_SCHEMES:  # many web servers know no ranges
-        opened, path = filesystem(uri)
-        with attempt(uri, lambda: opened.open_input_stream(path, compression=None)) as stream, clear_errors(uri):
-            yield cast(BinaryIO, stream)
+    elif is_web(uri):  # one request: many web servers know no ranges
+        with WebStream(uri) as web:
+            yield cast(BinaryIO, io.BufferedReader(web, 1 << 20))
     else:
         with _ReadAhead(RemoteFile(uri)) as raw:
             yield cast(BinaryIO, io.BufferedReader(raw, 1 << 20))
@@ -166,7 +166,7 @@ def open_stream(uri: str) -> Iterator[BinaryIO]:
 @contextmanager
 def open_random(uri: str) -> Iterator[pa.NativeFile]:
     """Open for random access, as `pyarrow.parquet.ParquetFile` needs it."""
-    if is_local(uri) or split(uri).scheme in WEB_SCHEMES:
+    if is_local(uri):
         opened, path = filesystem(uri)
         with attempt(uri, lambda: opened.open_input_file(path)) as file, clear_errors(uri):
             yield file
@@ -196,17 +196,9 @@ def open_parquet(uri: str, what: str = "file", *, buffer_bytes: int = 0) -> Iter
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:
     """Return a whole file, or its first `limit` bytes."""
-    if is_local(uri):
+    if is_local(uri) or is_web(uri):
         with open_stream(uri) as stream:
             return stream.read(-1 if limit is None else limit)
-    if split(uri).scheme in WEB_SCHEMES:
-        opened, path = filesystem(uri)
-
-        def whole() -> bytes:
-            with opened.open_input_stream(path, compression=None) as stream:
-                return cast(bytes, stream.read(limit))
-
-        return attempt(uri, whole)
     with RemoteFile(uri) as file:
         return file.read(-1 if limit is None else limit)
 

@@ -13,6 +13,14 @@ _QUERY = re.compile(r"\?[\w.-]+=[^?]*$")  # name=value, so that the ? of a glob 
 _USERINFO = re.compile(r"^[^/@]+:.*@")  # a secret may hold an unquoted "/"
 _USERINFO_OR_PORT = re.compile(r"^[^/@]+:(?!\d+(?:/|$)).*@")
 _WEB_USERINFO = re.compile(r"^[^/@]+:(?!\d+(?:/|$))[^@]*@")
+# Each at its default: behind it, the end of a key such as "photo?id=3.jpg" is not taken for an option.
+_NO_OPTION = {
+    "s3": "?allow_bucket_creation=false",
+    "gs": "?endpoint_override=",
+    "gcs": "?endpoint_override=",
+    "abfs": "?background_writes=true",
+    "abfss": "?background_writes=true",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,11 @@ def is_local(uri: str) -> bool:
     return split(uri).scheme in ("", "file")
 
 
+def is_web(uri: str) -> bool:
+    """Whether `uri` is the address of a web server's file."""
+    return split(uri).scheme in ("http", "https")
+
+
 def local_path(uri: str) -> Path:
     """Return the absolute path of a local URI; CirError for any other."""
     parts = split(uri)
@@ -86,10 +99,12 @@ def local_path(uri: str) -> Path:
 
 
 def join(uri: str, *parts: str) -> str:
-    """Append path parts to a URI, before its query string.
+    """Append path parts to a URI, before its query string. Parts are literal, with all that looks like a query.
 
     >>> join("s3://bucket/a?region=eu-west-1", "b", "c.parquet")
     's3://bucket/a/b/c.parquet?region=eu-west-1'
+    >>> join("s3://bucket/a", "photo?id=3.jpg")
+    's3://bucket/a/photo?id=3.jpg?allow_bucket_creation=false'
     """
     base = split(uri)
     if not base.netloc and base.scheme not in ("", "file"):
@@ -100,4 +115,5 @@ def join(uri: str, *parts: str) -> str:
         raise CirError(f"join({redact(uri)!r}, ...): empty path part in {parts!r}")
     if base.scheme == "file":
         cleaned = [quote(part) for part in cleaned]
-    return "/".join([start.rstrip("/"), *cleaned]) + base.query
+    joined = "/".join([start.rstrip("/"), *cleaned]) + base.query
+    return joined + _NO_OPTION.get(base.scheme, "") if not base.query and split(joined).query else joined

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from typing import BinaryIO, TypeVar, cast
-
-import fsspec
+from typing import TypeVar
 
 from cir_core import files
-from cir_core.files.access import StorageError, attempt
 from cir_core.schema import CirError
 from cir_core.shards.model import MAX_SAMPLE_BYTES, UnusableError
 
@@ -20,7 +16,6 @@ FETCH_THREADS = 16
 """Pictures fetched ahead: enough to hide a store's latency, few enough to hold in memory."""
 _STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "hdfs", "viewfs", "http", "https"})
 _WEB = ("http", "https")
-_ANSWERS_LATER = (408, 425, 429)  # and every 5xx: these say nothing about the picture
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -80,47 +75,9 @@ def fetch_image(uri: str) -> bytes:
         OSError: the store or host still did not answer when the patience ended (see `files.patience`); that says
             nothing about the picture.
     """
-    if _scheme(uri) in _WEB:
-        return attempt(uri, lambda: _fetch_web(uri))
     if files.is_local(uri) and (path := files.local_path(uri)).exists() and not (path.is_file() or path.is_dir()):
         raise CirError(f"{uri}: a pipe, a socket or a device, expected a file")  # a pipe would be waited for
     return files.read_bytes(uri, MAX_SAMPLE_BYTES + 1)
-
-
-def _fetch_web(uri: str) -> bytes:
-    """One GET. Through `files` it would be a HEAD first, any failure of which reads "not there", "busy" too."""
-    import aiohttp  # here: only lists of web addresses need it
-
-    name = files.redact(uri)
-    try:
-        opened, address = fsspec.core.url_to_fs(uri)
-        with opened.open(address, block_size=0, size=1) as stream:  # a size spares the HEAD; 0: as a stream
-            return _read_up_to(cast(BinaryIO, stream), MAX_SAMPLE_BYTES + 1)
-    except FileNotFoundError:
-        raise CirError(f"{name}: no such file; check the address") from None
-    except aiohttp.ClientResponseError as error:
-        if error.status >= 500 or error.status in _ANSWERS_LATER:
-            raise StorageError(f"{name}: the server answers {error.status}") from None
-        raise CirError(f"{name}: the server refuses it ({error.status})") from None
-    except (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL) as error:
-        raise CirError(f"{name}: not an address to fetch from ({type(error).__name__})") from None
-    except aiohttp.ClientConnectorError as error:
-        if isinstance(error.os_error, socket.gaierror) and error.os_error.errno == socket.EAI_NONAME:
-            raise CirError(f"{name}: no such host") from None
-        raise StorageError(f"{name}: no connection ({error.os_error})") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise StorageError(f"{name}: the transfer broke off ({type(error).__name__})") from None
-    except ValueError as error:
-        raise CirError(f"{name}: not an address ({type(error).__name__})") from None
-
-
-def _read_up_to(stream: BinaryIO, limit: int) -> bytes:
-    """Read on over short reads, which streams of the web give."""
-    pieces, held = list[bytes](), 0
-    while held < limit and (piece := stream.read(limit - held)):
-        pieces.append(piece)
-        held += len(piece)
-    return b"".join(pieces)
 
 
 def in_order(work: Callable[[_In], _Out], items: Iterable[_In], threads: int = FETCH_THREADS) -> Iterator[_Out]:

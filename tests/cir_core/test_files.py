@@ -166,3 +166,22 @@ def test_object_store_keys_are_literal():
     assert files.join("s3://bucket?region=r", "a b") == "s3://bucket/a b?region=r"
     with pytest.raises(CirError, match="names no bucket"):
         files.join("s3://", "a")
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["s3://bucket/a", "s3://key:secret@bucket", "gs://bucket/a", "gs://anonymous@bucket/a", "s3://bucket/a?region=r"]
+    + [f"{scheme}://container@account.dfs.core.windows.net/a" for scheme in ("abfs", "abfss")],
+)
+@pytest.mark.parametrize(
+    "key", ["photo?id=3.jpg", "b?c=1/d.jpg", "x?region=r", "x?region=r?", "x?id=3&scheme=http", "0?.tar"]
+)
+def test_a_key_that_ends_like_an_option_stays_one(folder, key, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:18001")  # or Amazon is asked for the bucket's region
+    base, root = files.filesystem(folder)
+    uri = files.join(folder, key)
+    opened, path = files.filesystem(uri)
+    assert path == f"{root.rstrip('/')}/{key}"
+    assert opened == base
+    assert files.redact(uri) == f"{files.redact(folder)}/{key}"
+    assert files.filesystem(files.join(uri, "below"))[1] == f"{path}/below"

@@ -16,7 +16,7 @@ from cir_core.embedding_store import EmbeddingStore
 from cir_core.encoders import load_encoder
 from cir_core.preprocessing import preprocess_image
 from cir_core.scenes import write_pairs
-from cir_core.shards import read_shard
+from cir_core.shards import index_image_folder, read_shard, read_slice
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NUM_PAIRS = 60
@@ -108,6 +108,21 @@ def test_what_is_not_there_is_named(servers, pairs, given, named):
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert named in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_each_listed_key_opens_as_it_stands(s3):
+    """Tools that mirror web pages write such names."""
+    folder = f"{s3.bucket_uri}/odd names"
+    keys_there = ["a b.jpg", "b%20c.jpg", "photo?id=3&size=2.jpg", "photo?id=3.jpg", "x?region=r/y.jpg", "x?y.jpg"]
+    for name in keys_there:
+        files.write_bytes(files.join(folder, name), name.encode())
+    listed = files.list_files(folder)
+    assert [file.name for file in listed] == keys_there
+    assert [files.read_bytes(file.uri).decode() for file in listed] == keys_there
+    assert [files.redact(file.uri) for file in listed] == [f"{folder}/{name}" for name in keys_there]
+    index = index_image_folder(folder, 10, captions=False)
+    rows = [row for part in index.slices for row in read_slice(part, require_caption=False)]
+    assert [(row.key, row.image.decode()) for row in rows] == [(name, name) for name in keys_there]
 
 
 def test_wrong_keys_are_told_without_showing_them(servers, s3, pairs):
