@@ -127,6 +127,17 @@ def newest_state(train_run_uri: str) -> tuple[int, str | None]:
     return best
 
 
+def forget_after(run_uri: str, steps: int) -> None:
+    """Delete what was recorded of steps after `steps`: they are done again, perhaps in files of other steps."""
+    for kind in ("samples", "rejects"):
+        folder = files.join(run_uri, kind)
+        for item in files.list_files(folder) if files.exists(folder) else ():
+            found = re.search(r"step-(\d+)\.parquet$", item.uri)
+            if found and int(found[1]) > steps:
+                filesystem, path = files.filesystem(item.uri)
+                filesystem.delete_file(path)
+
+
 def steps_done(train_run_uri: str) -> int:
     """Return the steps that the newest checkpoint holds; 0 before the first."""
     return newest_state(train_run_uri)[0]

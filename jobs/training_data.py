@@ -126,7 +126,9 @@ def steps_in_memory(indexes: Sequence[ShardIndex], global_batch_size: int) -> in
 
 def read_pairs(piece: Piece, anchors: TextAnchors | None) -> tuple[list[Sample], Anchors | None]:
     """Read the samples of a piece and, if there are any, their anchors float32[n, D]."""
-    samples = list(read_slice(piece.slice))[piece.first : piece.stop]
+    # The whole slice is read, and so compared with what was counted; what the piece does not want is not kept.
+    wanted = range(piece.first, piece.stop)
+    samples = [sample for place, sample in enumerate(read_slice(piece.slice)) if place in wanted]
     return samples, None if anchors is None else anchors.read(piece.slice.shard, samples)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -20,7 +21,7 @@ from cir_core import files, scenes
 from cir_core.embedding_store import listing_digest
 from cir_core.preprocessing import Preprocessing
 from cir_core.reporting.plots import training_curves
-from cir_core.schema import CirError
+from cir_core.schema import REJECT_SCHEMA, CirError
 from cir_core.shards import list_shards, shard_versions
 from cir_core.tuning import TuningSettings
 from jobs import tracking
@@ -135,7 +136,6 @@ def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, pre
 def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[str, Any]:
     """Collect what the run's folder says into the final result."""
     training = files.read_json(folder.path("training.json"))
-    structural = [reject for index in plan.indexes for reject in index.rejects]
     return {
         "name": folder.name,
         "model": config.model,
@@ -143,7 +143,7 @@ def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[
         "merged_uri": folder.path("merged"),
         "steps": plan.epoch(0).num_steps * config.epochs,
         "samples_seen": training["num_samples"],
-        "rejects_structural": len(structural),
+        "rejects_structural": sum(len(index.rejects) for index in plan.indexes),
         "rejects_images": training["num_rejects"],
         "trainable_fraction": training["trainable_fraction"],
         "num_parameters": training["num_parameters"],
@@ -210,8 +210,16 @@ def show(result: dict[str, Any], page: str) -> None:
     Console(width=140).print(table)
 
 
+def list_structural_rejects(folder: RunFolder, plan: RunPlan) -> None:
+    """Write the rows that are in no step: they are no pairs. Images that cannot be read are listed as their steps come."""
+    uri = folder.path("rejects", "structural.parquet")
+    rejects = [asdict(reject) for index in plan.indexes for reject in index.rejects]
+    if rejects and not files.exists(uri):
+        files.write_parquet(uri, pa.Table.from_pylist(rejects, REJECT_SCHEMA))
+
+
 def report_rejects(folder: RunFolder) -> None:
-    """Say which images were left out and why, the commonest reasons first."""
+    """Say which rows and images were left out and why, the commonest reasons first."""
     if not files.exists(folder.path("rejects")):
         return
     reasons: dict[str, int] = {}
@@ -298,6 +306,7 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo], start_up: S
     check_same_data(folder, shards)
     start_up.reached("data")
     tracker = start_tracking(config, folder, uri)
+    list_structural_rejects(folder, plan)
     start_up.reached("tracking")
     going_on = f", going on after step {done}" if done else ""
     say(f"run {folder.name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}{going_on}")

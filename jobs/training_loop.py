@@ -35,7 +35,7 @@ from cir_core.tuning import StepResult, TextAnchoredTuner
 from jobs.progress import StageMetrics, UnitGauge
 from jobs.session import node_cpus, say
 from jobs.start_up import StartUp
-from jobs.storage import STATE
+from jobs.storage import STATE, forget_after
 from jobs.tracking import LiveMetrics
 from jobs.training_data import Batches, read_pairs
 from jobs.training_worker import LoopSettings
@@ -131,6 +131,7 @@ def _run_steps(
     interval, waited, started, begun = _Interval(), 0.0, time.perf_counter(), time.perf_counter()
     exported = StageMetrics("tat_train", "rows", "rejects")
     if live is not None:  # rank 0
+        forget_after(settings.run_uri, first)
         steps.show(first, total)
     asked = time.perf_counter()
     for index, (arrays, info) in enumerate(batches, start=first):

@@ -13,7 +13,7 @@ import pytest
 
 from cir_core import files
 from cir_core.schema import CirError
-from jobs.storage import RunFolder, absolute, check_writable
+from jobs.storage import RunFolder, absolute, check_writable, forget_after
 
 SETTINGS = {"lr": 1e-4, "num_workers": (1, 4), "data": "scenes", "pretrained": None}
 
@@ -214,3 +214,13 @@ def test_settings_are_readable_json(tmp_path):
     RunFolder(str(tmp_path), "embed", "a").claim(SETTINGS)
     stored = json.loads((Path(tmp_path) / "embed" / "a" / "settings.json").read_text())
     assert stored == {**SETTINGS, "num_workers": [1, 4]}
+
+
+def test_what_was_recorded_after_a_checkpoint_is_deleted(tmp_path):
+    """Of another interval between checkpoints, or steps would be listed twice."""
+    names = ["step-00000004.parquet", "step-00000008.parquet", "step-00000012.parquet", "structural.parquet"]
+    for name in names:
+        files.write_bytes(str(tmp_path / "samples" / name), b"x")
+    forget_after(str(tmp_path), 8)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [names[0], names[1], names[3]]
+    forget_after(str(tmp_path / "nothing yet"), 0)

@@ -65,6 +65,8 @@ class Run:
         assert {step for step, _, _ in self.samples} == set(range(STEPS))
         assert self.result["steps"] == STEPS
         assert (self.result["rejects_images"], self.result["rejects_structural"]) == (1, 1)
+        listed = [row for path in (self.folder / "rejects").iterdir() for row in pq.read_table(path).to_pylist()]
+        assert sorted(row["key"] for row in listed) == ["empty", "html"]
 
 
 @pytest.fixture(scope="module")
