@@ -21,6 +21,18 @@ class UnreadableError(CirError):
     """A file that is there and open to us is not what its name says: no tar, no Parquet, not the columns it needs."""
 
 
+class RefusedError(CirError):
+    """A request was refused. The answer does not tell whether it would be for one file alone, or for all of the store."""
+
+
+class AccessError(CirError):
+    """Not one file but a whole store is closed to us: the credentials are wrong, expired or no longer enough."""
+
+
+class SchemeError(CirError):
+    """Nothing that is installed opens URIs of this scheme."""
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A composed query: "find the image that looks like `reference_id`, changed as `relative_caption` says".

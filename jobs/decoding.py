@@ -13,7 +13,7 @@ import ray
 from cir_core import files
 from cir_core.benchmarks import Crop
 from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
-from cir_core.schema import CirError, Reject
+from cir_core.schema import AccessError, CirError, Reject
 from cir_core.shards import Sample, fetch_image
 
 DECODER_CPUS = 0.75  # so that on two cores both decode beside an encoder that waits for them
@@ -52,10 +52,15 @@ class Decoded(NamedTuple):
 
 @ray.remote(num_cpus=DECODER_CPUS, max_retries=_DEATHS)
 def decode_images(rows: Sequence[Sample | Picture], preprocessing: Preprocessing) -> Decoded:
-    """Decode rows, fetching pictures first. An image that cannot be used is a reject."""
+    """Decode rows, fetching pictures first. An image that cannot be used is a reject.
+
+    Raises:
+        AccessError, OSError: a store is closed to us or does not answer: that says nothing about a picture.
+    """
     started, num_bytes = time.perf_counter(), 0
     images, readable, rejects = [], [], []
     for row in rows:
+        place = files.redact(row.uri) if isinstance(row, Picture) else row.shard
         try:
             data = fetch_image(row.uri) if isinstance(row, Picture) else row.image
             num_bytes += len(data)
@@ -64,11 +69,12 @@ def decode_images(rows: Sequence[Sample | Picture], preprocessing: Preprocessing
             readable.append(True)
         except ImageError as error:
             readable.append(False)
-            place = files.redact(row.uri) if isinstance(row, Picture) else row.shard
             rejects.append(Reject(place, row.key, error.reason, error.detail))
+        except AccessError:
+            raise
         except CirError as error:  # gone since it was listed, or not for us to read
             readable.append(False)
-            rejects.append(Reject("", row.key, "missing", str(error)))
+            rejects.append(Reject(place, row.key, "missing", str(error)))
     size = preprocessing.size
     stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
     return Decoded(stacked, readable, rejects, num_bytes, time.perf_counter() - started)
@@ -79,7 +85,7 @@ def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarr
     """Return for each picture uint8[3, H, W], or the reason and detail why it cannot be used.
 
     Raises:
-        OSError: a store or host does not answer: that says nothing about the picture.
+        AccessError, OSError: a store is closed to us or does not answer: that says nothing about a picture.
     """
     found: list[np.ndarray[Any, Any] | tuple[str, str]] = []
     for uri in uris:
@@ -87,6 +93,8 @@ def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarr
             found.append(preprocess_image(fetch_image(uri), preprocessing))
         except ImageError as error:
             found.append((error.reason, f"{files.redact(uri)}: {error.detail}"))
+        except AccessError:
+            raise
         except CirError as error:
             found.append(("missing", str(error)))
     return found

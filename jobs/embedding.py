@@ -11,6 +11,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,16 @@ from cir_core.embedding_store import (
 )
 from cir_core.encoders import EncoderDetails
 from cir_core.files import StoredFile
-from cir_core.schema import CirError
-from cir_core.shards import cut_uri_list, index_image_folder, is_uri_list, list_images, list_shards, shard_versions
+from cir_core.schema import CirError, UnreadableError
+from cir_core.shards import (
+    Slice,
+    cut_uri_list,
+    index_image_folder,
+    is_uri_list,
+    list_images,
+    list_shards,
+    shard_versions,
+)
 from jobs.decoding import ENCODER_CPUS, Picture
 from jobs.embedder import UNITS_AT_ONCE, EmbedPlan, ShardEmbedder, Unit, shard_name
 from jobs.embedding_progress import EmbeddingProgress
@@ -63,16 +72,32 @@ def find_units(data: str, *, captions: bool = True) -> tuple[list[Unit], str]:
         except CirError:
             raise no_shards from None
     units: list[Unit] = []
-    parquet = next((shard for shard in shards if files.redact(shard).endswith(".parquet")), None)
-    kinds = {"tar": False, "csv": True, "parquet": parquet is not None and is_uri_list(parquet)}  # all as the first one
+    kinds = {"tar": False, "csv": True, "parquet": _are_lists(shards)}
     for shard in shards:
-        if kinds[files.redact(shard).rpartition(".")[2]]:
-            cut = cut_uri_list(shard, _FOLDER_ROWS)
-            units += [Unit(number, part.shard, part) for number, part in enumerate(cut, start=len(units))]
-        else:
+        cut = _cut(shard) if kinds[files.redact(shard).rpartition(".")[2]] else None
+        if cut is None:
             units.append(Unit(len(units), shard))
+        else:
+            units += [Unit(number, part.shard, part) for number, part in enumerate(cut, start=len(units))]
     listing = [(absolute(shard), size, modified) for shard, size, modified in shard_versions(shards)]
     return units, listing_digest(listing)
+
+
+def _are_lists(shards: Sequence[str]) -> bool:
+    """Whether the Parquet files among the shards are lists of URIs: all are as the first one that can be opened."""
+    for shard in shards:
+        if files.redact(shard).endswith(".parquet"):
+            with suppress(UnreadableError):  # told by the actor that reads it, see --unreadable_shards
+                return is_uri_list(shard)
+    return False
+
+
+def _cut(shard: str) -> list[Slice] | None:
+    """Cut a list; None for a file that is none at all, which is left to the actor that reads it."""
+    try:
+        return cut_uri_list(shard, _FOLDER_ROWS)
+    except UnreadableError:
+        return None
 
 
 def _folder_units(data: str, *, captions: bool) -> tuple[list[Unit], str]:

@@ -20,12 +20,17 @@ import pyarrow.fs as pafs
 import tenacity
 
 from cir_core.files.uris import is_local, is_web, join, local_path, redact, scrub, split
-from cir_core.schema import CirError
+from cir_core.schema import AccessError, CirError, RefusedError, SchemeError
 
 ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"})
 _GONE = (404, 410)
 _MISSING = ("NO_SUCH_BUCKET", "NO_SUCH_KEY", "RESOURCE_NOT_FOUND", "Bucket does not exist", "not found")
-_REFUSED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
+# Without a body, as answers to HEAD have none, pyarrow knows these only as ACCESS_DENIED or as a 400.
+_CREDENTIALS = re.compile(
+    r"AWS Error (INVALID_ACCESS_KEY|(SIGNATURE_DOES_NOT_MATCH|INVALID_SIGNATURE|INVALID_CLIENT_TOKEN_ID|REQUEST_EXPIRED)\b)"
+    r"|ExceptionName: (ExpiredToken|InvalidToken|TokenRefreshRequired)"
+)
+_REFUSED = "ACCESS_DENIED"
 # Answers that the same request will get again; 408, 409 (a conflict with another request) and 429 ask for another try.
 _FINAL = re.compile(r"HTTP status (?!408|409|429)(3\d\d|4\d\d)|INVALID_PARAMETER|INVALID_URI|METHOD_NOT_ALLOWED")
 _CLIENTS = ("botocore", "http", "httpx", "httpx2", "urllib3")  # libraries under fsspec whose errors are no OSError
@@ -112,7 +117,7 @@ def clear_errors(uri: str) -> Iterator[None]:
     except IsADirectoryError:
         raise CirError(f"{name}: is a folder, expected a file") from None
     except PermissionError as error:
-        raise CirError(f"{name}: access refused ({scrub(str(error), uri)}); check the permissions") from None
+        raise RefusedError(f"{name}: access refused ({scrub(str(error), uri)}); check the permissions") from None
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
         if library == "aiohttp":
@@ -128,14 +133,16 @@ def clear_errors(uri: str) -> Iterator[None]:
 
 def _worded(error: OSError, uri: str) -> Exception:
     name, text = redact(uri), scrub(str(error), uri)
-    if any(mark in text for mark in _REFUSED):
-        return CirError(f"{name}: access refused ({text}); check the credentials")
+    if _CREDENTIALS.search(text):
+        return AccessError(f"{name}: access refused ({text}); check the credentials")
+    if _REFUSED in text:
+        return RefusedError(f"{name}: access refused ({text}); check the credentials")
     if any(mark in text for mark in _MISSING):
         return CirError(f"{name}: no such file, folder or bucket ({text})")
     if is_local(uri):
         return OSError(error.errno, f"{name}: {text}")
     if _FINAL.search(text):
-        return CirError(f"{name}: the store refuses the request ({text}); check endpoint, region and name")
+        return RefusedError(f"{name}: the store refuses the request ({text}); check endpoint, region and name")
     return StorageError(error.errno, f"{name}: {text}")
 
 
@@ -222,7 +229,9 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 opened.encode_url(path)  # a bad address is told here, not by the first request
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError) as error:
             detail = scrub(str(error), uri)
-            raise CirError(
+            schemes = ARROW_SCHEMES.union(fsspec.available_protocols())
+            kind = SchemeError if isinstance(error, ImportError) or parts.scheme not in schemes else CirError
+            raise kind(
                 f"{redact(uri)}: cannot open this kind of URI ({detail}); use a local path, s3://, gs://, "
                 "abfs:// or a scheme that an installed fsspec package provides"
             ) from None

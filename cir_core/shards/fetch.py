@@ -11,6 +11,7 @@ from typing import TypeVar
 from cir_core import files
 from cir_core.schema import CirError
 from cir_core.shards.model import MAX_SAMPLE_BYTES, UnusableError
+from cir_core.shards.refusals import judge_refusals
 
 FETCH_THREADS = 16
 """Pictures fetched ahead: enough to hide a store's latency, few enough to hold in memory."""
@@ -68,16 +69,19 @@ def _folder(uri: str) -> str:
 
 
 def fetch_image(uri: str) -> bytes:
-    """Return a picture's bytes, at most MAX_SAMPLE_BYTES + 1 of them: more is never read.
+    """Return the bytes of a picture or of its caption file, at most MAX_SAMPLE_BYTES + 1 of them: more is never read.
 
     Raises:
-        CirError: it is not there, or access is refused.
+        AccessError: its store is closed to us (see `judge_refusals`); that says nothing about the picture either.
+        SchemeError: nothing opens this kind of URI.
+        CirError: it is not there, or access to it is refused.
         OSError: the store or host still did not answer when the patience ended (see `files.patience`); that says
             nothing about the picture.
     """
     if files.is_local(uri) and (path := files.local_path(uri)).exists() and not (path.is_file() or path.is_dir()):
         raise CirError(f"{uri}: a pipe, a socket or a device, expected a file")  # a pipe would be waited for
-    return files.read_bytes(uri, MAX_SAMPLE_BYTES + 1)
+    with judge_refusals(uri):
+        return files.read_bytes(uri, MAX_SAMPLE_BYTES + 1)
 
 
 def in_order(work: Callable[[_In], _Out], items: Iterable[_In], threads: int = FETCH_THREADS) -> Iterator[_Out]:

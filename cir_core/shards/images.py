@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from cir_core import files
-from cir_core.schema import CirError, Reject
-from cir_core.shards.fetch import in_order
+from cir_core.schema import AccessError, CirError, Reject
+from cir_core.shards.fetch import fetch_image, in_order
 from cir_core.shards.linked import fetch_sample
 from cir_core.shards.local_folders import odd_entries
 from cir_core.shards.model import (
@@ -119,7 +119,9 @@ def _read_row(folder: str, name: str, text_name: str | None) -> Row:
     if isinstance(image, UnusableError):
         return Row(name, 0, 0, problem=(image.reason, image.detail))
     try:
-        caption = files.read_bytes(files.join(folder, text_name), MAX_SAMPLE_BYTES) if text_name else None
+        caption = fetch_image(files.join(folder, text_name)) if text_name else None
+    except AccessError:
+        raise
     except CirError as error:
         return Row(name, 0, 0, problem=("missing", str(error)))
     return Row(name, 0, 0, image, len(image), caption)

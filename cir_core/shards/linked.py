@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from cir_core import files
-from cir_core.schema import CirError, Reject
+from cir_core.schema import AccessError, CirError, Reject, SchemeError
 from cir_core.shards.fetch import fetch_image, in_order
 from cir_core.shards.list_rows import list_rows, range_rows
 from cir_core.shards.model import MAX_SAMPLE_BYTES, Sample, ShardIndex, Slice, SliceBuilder, UnusableError
@@ -83,9 +83,15 @@ def _fetched(verdict: Link | Reject) -> tuple[Link | Reject, Fetched]:
 
 
 def fetch_sample(uri: str) -> Fetched:
-    """Return an image's bytes, or why it cannot be a sample. Raises OSError where the store does not answer."""
+    """Return an image's bytes, or why it cannot be a sample.
+
+    Raises:
+        AccessError, SchemeError, OSError: see `fetch_image`; none of them is the image's fault.
+    """
     try:
         image = fetch_image(uri)
+    except (AccessError, SchemeError):
+        raise
     except CirError as error:
         return UnusableError("missing", str(error))
     if not image:

@@ -1,10 +1,12 @@
 """What an embedding actor reads: whole shards, slices, rows that the listing refused, shards that are none; and its chunks."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cir_core.embedding_store import StoreSpec
 from cir_core.schema import CirError, Reject
-from cir_core.shards import REJECT_REASONS, Sample, index_image_folder, write_tar_shard
+from cir_core.shards import REJECT_REASONS, Sample, index_image_folder, write_parquet_shard, write_tar_shard
 from jobs.embedder import EmbedPlan, Unit, _Counted, _Session
 from jobs.embedding import find_units
 
@@ -63,6 +65,29 @@ def test_a_shard_that_is_none_stops_or_is_one_reject(tmp_path):
     assert (only.shard, only.key, only.reason) == (str(page), "", "unreadable_shard")
     assert only.reason in REJECT_REASONS
     assert "not a tar file" in only.detail
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_parquet_file_that_is_none_is_one_reject_wherever_it_stands(tmp_path, lists):
+    (tmp_path / "a.jpg").write_bytes(b"x" * 10)
+    for number in (1, 2, 4):
+        uri = str(tmp_path / f"{number}.parquet")
+        if lists:
+            pq.write_table(pa.table({"key": [f"k{number}"], "uri": ["a.jpg"]}), uri)
+        else:
+            write_parquet_shard(uri, [(f"k{number}", b"x" * 10, "jpg", "c")])
+    for number in (0, 3, 5):
+        (tmp_path / f"{number}.parquet").write_bytes(b"<html>not found</html>")
+    units, _ = find_units(str(tmp_path / "{0..5}.parquet"))
+    assert [unit.number for unit in units] == list(range(6))
+    rows = [row for unit in units for row in session(unreadable_shards="reject").rows(unit)]
+    expected = [(Reject, ""), (Sample, "k1"), (Sample, "k2"), (Reject, ""), (Sample, "k4"), (Reject, "")]
+    assert [(type(row), row.key) for row in rows] == expected
+    assert rows[0].reason == "unreadable_shard"
+    with pytest.raises(CirError, match=r"0\.parquet"):
+        list(session().rows(units[0]))
+    only, _ = find_units(str(tmp_path / "0.parquet"))
+    assert [type(row) for row in session(unreadable_shards="reject").rows(only[0])] == [Reject]
 
 
 def test_chunks_are_bounded_in_rows_and_bytes(monkeypatch, shard):
