@@ -52,6 +52,7 @@ from jobs.unique_ids import drop_duplicates
 
 MAX_BLOCKS = 2000  # Ray Data keeps books for each
 _FOLDER_ROWS = 4096  # images of a folder, or rows of a list, that make one part
+_MANY_FILES = 5_000_000  # images of a folder, above which a list is the better input
 
 
 def find_units(data: str, *, captions: bool = True) -> tuple[list[Unit], str]:
@@ -64,13 +65,19 @@ def find_units(data: str, *, captions: bool = True) -> tuple[list[Unit], str]:
     """
     try:
         shards = list_shards(data)
-    except CirError as no_shards:
+    except CirError as error:
         if not files.is_folder(data):
             raise
-        try:
-            return _folder_units(data, captions=captions)
-        except CirError:
-            raise no_shards from None
+        no_shards = error.with_traceback(None)  # which holds the listing
+    else:
+        return _shard_units(shards)
+    try:
+        return _folder_units(data, captions=captions)
+    except CirError:
+        raise no_shards from None
+
+
+def _shard_units(shards: Sequence[str]) -> tuple[list[Unit], str]:
     units: list[Unit] = []
     kinds = {"tar": False, "csv": True, "parquet": _are_lists(shards)}
     for shard in shards:
@@ -106,6 +113,11 @@ def _folder_units(data: str, *, captions: bool) -> tuple[list[Unit], str]:
     units = [Unit(number, part.shard, part) for number, part in enumerate(index.slices)]
     if index.rejects:
         units.append(Unit(len(units), files.redact(data), rejects=index.rejects))
+    if index.num_samples > _MANY_FILES:
+        say(
+            f"{files.redact(data)} holds {index.num_samples} images; a driver holds the names of all, some 400 bytes each. "
+            "A Parquet list of their URIs is read row by row instead"
+        )
     wanted = list_images(data, listed=listed) if not captions else listed
     return units, listing_digest((absolute(item.uri), item.size_bytes, item.modified_ns) for item in wanted)
 

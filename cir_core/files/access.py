@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -48,10 +49,15 @@ class StorageError(OSError):
 class StoredFile:
     """One file of a listing. name: its path below the listed folder, literally. modified_ns: 0 where the store is silent."""
 
-    uri: str
-    size_bytes: int
+    folder: str
     name: str
+    size_bytes: int
     modified_ns: int
+
+    @property
+    def uri(self) -> str:
+        """Where it opens; not kept, because there may be ten million of a folder."""
+        return join(self.folder, self.name)
 
 
 @contextmanager
@@ -297,9 +303,13 @@ def list_files(uri: str, recursive: bool = True) -> list[StoredFile]:
         return cast(list[pafs.FileInfo], opened.get_file_info(pafs.FileSelector(path, recursive=recursive)))
 
     base = path.strip("/") + "/"
-    found = [info for info in attempt(uri, listed) if info.type == pafs.FileType.File]
-    entries = sorted((_below(base, info.path), int(info.size), int(info.mtime_ns or 0)) for info in found)
-    return [StoredFile(join(uri, name), size, name, modified) for name, size, modified in entries]
+    infos, found = attempt(uri, listed), list[StoredFile]()
+    while infos:  # each is let go as it is taken over: of millions there is no room for both
+        info = infos.pop()
+        if info.type == pafs.FileType.File:
+            found.append(StoredFile(uri, _below(base, info.path), int(info.size), int(info.mtime_ns or 0)))
+    found.sort(key=attrgetter("name"))
+    return found
 
 
 def _below(base: str, path: str) -> str:

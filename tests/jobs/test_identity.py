@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +45,24 @@ def test_a_shard_written_again_is_another_input(tmp_path):
 def test_a_relative_path_is_the_same_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_units(folder_with(tmp_path / "val", b"one"))[1] == find_units("val")[1]
+
+
+def test_a_folder_of_many_images_is_held_once_and_a_list_is_advised(tmp_path, monkeypatch, capsys):
+    count = 5000
+    for number in range(count):
+        (tmp_path / f"{number:012}.jpg").write_bytes(b"x")
+    find_units(str(tmp_path))  # imports are over
+    assert "list of their URIs" not in capsys.readouterr().out
+    monkeypatch.setattr("jobs.embedding._MANY_FILES", count - 1)
+    tracemalloc.start()
+    try:
+        units, _ = find_units(str(tmp_path), captions=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(unit.files.num_rows for unit in units) == count
+    assert peak / count < 600  # bytes a name, the listing and the slices together
+    assert f"{tmp_path} holds 5000 images" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_other_shards(tmp_path):
