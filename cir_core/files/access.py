@@ -160,10 +160,10 @@ def _answered(name: str, status: int) -> Exception:
     if status in _GONE:
         return _not_there(name)
     if status in (401, 403):
-        return CirError(f"{name}: access refused (HTTP {status}); check the permissions")
+        return RefusedError(f"{name}: access refused (HTTP {status}); check the permissions")
     if status >= 500 or status in (408, 425, 429):  # these say nothing about the file
         return StorageError(f"{name}: the server answers {status}")
-    return CirError(f"{name}: the server refuses the request (HTTP {status})")
+    return RefusedError(f"{name}: the server refuses the request (HTTP {status})")
 
 
 def _web_error(error: Exception, uri: str) -> Exception:

@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub import HfFileSystem
 
 from cir_core import files, shards
-from cir_core.schema import CirError
+from cir_core.schema import CirError, RefusedError
 
 DATA = random.Random(0).randbytes(3_000_000)
 
@@ -188,10 +188,10 @@ def test_rows_of_a_shard_that_breaks_off():
 def test_answers_to_huggingface_s_client(monkeypatch):
     with web() as (uri, server):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", uri.rpartition("/")[0])
-        for status, told in ((403, "access refused"), (404, "no such file")):
+        for status, kind, told in ((403, RefusedError, "access refused"), (404, CirError, "no such file")):
             HfFileSystem.clear_instance_cache()
             server.statuses[:] = [status] * 99
-            with pytest.raises(CirError, match=rf"x\.tar: {told}"):
+            with pytest.raises(kind, match=rf"x\.tar: {told}"):
                 files.read_bytes("hf://datasets/a/b/x.tar")
         server.statuses[:] = [503] * 99
         for read in (files.read_bytes, files.exists):
