@@ -19,6 +19,7 @@ import ray
 from ray.util import metrics
 
 from cir_core import files
+from cir_core.schema import CirError
 
 _TELL_EVERY_S = 2.0  # a worker tells the board
 _SHOW_EVERY_S = 10.0  # the driver shows
@@ -71,10 +72,12 @@ class UnitGauge:
     """How many units of a job are done and left, as ray_cir_<job>_<unit> by state, while its block runs.
 
     Ray drops a gauge that nobody sets for 20 s (twice its report interval), as a job that is stuck would not; so a thread
-    sets it again and again. Nothing is told before the first `show`.
+    sets it again and again. Nothing is told before the first `show`. ask: returns what is done, for who learns it no
+    other way; the thread asks each time, and an answer that does not come changes nothing.
     """
 
-    def __init__(self, job: str, unit: str) -> None:
+    def __init__(self, job: str, unit: str, ask: Callable[[], int] | None = None) -> None:
+        self._ask, self._total = ask, 0
         self._gauge = metrics.Gauge(f"cir_{job}_{unit}", description=f"{unit.title()} of a job.", tag_keys=("state",))
         self._states: dict[str, int] = {}
         self._ending = threading.Event()
@@ -82,7 +85,7 @@ class UnitGauge:
 
     def show(self, done: int, total: int) -> None:
         """Take in the newest numbers."""
-        self._states = {"done": done, "left": total - done}
+        self._total, self._states = total, {"done": done, "left": total - done}
         self._set()
 
     def __enter__(self) -> UnitGauge:
@@ -95,6 +98,10 @@ class UnitGauge:
 
     def _run(self) -> None:
         while not self._ending.wait(_GAUGE_EVERY_S):
+            if self._ask is not None and self._states:
+                with suppress(OSError, CirError), files.patience(_GAUGE_EVERY_S):
+                    done = self._ask()
+                    self._states = {"done": done, "left": self._total - done}
             self._set()
 
     def _set(self) -> None:

@@ -27,6 +27,7 @@ from cir_core.tuning import TuningSettings
 from jobs import tracking
 from jobs.config import flat_parameters, public
 from jobs.models import ModelInfo
+from jobs.progress import UnitGauge
 from jobs.session import check_resources, code_version, say
 from jobs.start_up import StartUp
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable, steps_done
@@ -130,7 +131,10 @@ def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, pre
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.fit()
+    # Told here, by checkpoints: a run that waits for workers has none that could say that it waits.
+    with UnitGauge("tat_train", "steps", lambda: steps_done(settings.train_run_uri)) as steps:
+        steps.show(settings.first_step, settings.tuning.total_steps)
+        trainer.fit()
 
 
 def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[str, Any]:

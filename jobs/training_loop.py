@@ -32,7 +32,7 @@ from cir_core.modality_gap import modality_gap
 from cir_core.preprocessing import ImageError, preprocess_image
 from cir_core.schema import REJECT_SCHEMA, CirError
 from cir_core.tuning import StepResult, TextAnchoredTuner
-from jobs.progress import StageMetrics, UnitGauge
+from jobs.progress import StageMetrics
 from jobs.session import node_cpus, say
 from jobs.start_up import StartUp
 from jobs.storage import STATE, forget_after
@@ -94,8 +94,7 @@ def tune(settings: LoopSettings, batches: Batches, steps_done: int, state_uri: s
         batches = _telling(start_up, batches, memory)
     try:
         if steps_done < settings.tuning.total_steps:
-            with UnitGauge("tat_train", "steps") as steps:
-                _run_steps(settings, tuner, memory, batches, steps_done, live, steps)
+            _run_steps(settings, tuner, memory, batches, steps_done, live)
         if rank == 0:
             _save_result(settings, encoder, memory)
     finally:
@@ -124,7 +123,6 @@ def _run_steps(
     batches: Batches,
     first: int,
     live: LiveMetrics | None,
-    steps: UnitGauge,
 ) -> None:
     """Steps `first` to the end, with a checkpoint every checkpoint_every_steps and after the last."""
     total = settings.tuning.total_steps
@@ -132,7 +130,6 @@ def _run_steps(
     exported = StageMetrics("tat_train", "rows", "rejects")
     if live is not None:  # rank 0
         forget_after(settings.run_uri, first)
-        steps.show(first, total)
     asked = time.perf_counter()
     for index, (arrays, info) in enumerate(batches, start=first):
         got = time.perf_counter()
@@ -151,8 +148,6 @@ def _run_steps(
         exported.count("rejects", len(info["rejects"]))
         exported.stage("data_wait", got - asked)
         exported.stage("step", time.perf_counter() - got)
-        if live is not None:
-            steps.show(done, total)
         if done % settings.log_every_steps == 0 or done == total:
             elapsed = time.perf_counter() - started
             samples = steps_to_log(done, first, settings.log_every_steps) * settings.plan.global_batch_size

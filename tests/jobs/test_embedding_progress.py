@@ -72,3 +72,26 @@ def test_a_gauge_is_set_again_and_again_while_its_block_runs(monkeypatch):
     assert set(told) == {("done", 2), ("left", 3)}
     assert not steps._thread.is_alive()
     assert len(told) == num_told
+
+
+def test_a_gauge_asks_and_keeps_its_last_answer_while_none_comes(monkeypatch):
+    monkeypatch.setattr(progress, "_GAUGE_EVERY_S", 0.01)
+    told, enough, answers = [], threading.Event(), iter([3, OSError("away")])
+
+    def tell(value, tags):
+        told.append((tags["state"], value))
+        if len(told) >= 8:
+            enough.set()
+
+    def ask():
+        answer = next(answers, OSError("still away"))
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    with progress.UnitGauge("test", "steps", ask) as steps:
+        monkeypatch.setattr(steps._gauge, "set", tell)
+        steps.show(2, 5)
+        assert enough.wait(60)
+    assert told[:2] == [("done", 2), ("left", 3)]
+    assert set(told[2:]) == {("done", 3), ("left", 2)}
