@@ -33,7 +33,9 @@ def _writer(home: str) -> EmbeddingWriter:
     from cir_core.embedding_store import EmbeddingWriter, StoreSpec
 
     digest = "0123456789abcdef" * 4
-    spec = StoreSpec("ViT-B-32", "openai", digest, "", digest, digest, "center_crop-224", 512, "float16", digest)
+    spec = StoreSpec(
+        "ViT-B-32", "openai", digest, "", digest, digest, "center_crop-224", 512, "float16", digest, "fp32"
+    )
     return EmbeddingWriter(f"{home}/store", spec)
 
 

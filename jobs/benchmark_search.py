@@ -121,7 +121,9 @@ def measure_search_streamed(config: BenchmarkConfig) -> Measured:
         raise CirError("search_streamed measures the processor; leave out --use_gpu")
     queries, gallery = _unit(config.queries, config.dim, 1), _rows(config).half()
     with tempfile.TemporaryDirectory() as folder:
-        writer = EmbeddingWriter(folder, StoreSpec("random", "", "0", "", "0", "0", "0", config.dim, "float16", "rows"))
+        writer = EmbeddingWriter(
+            folder, StoreSpec("random", "", "0", "", "0", "0", "0", config.dim, "float16", "rows", "fp32")
+        )
         for index, start in enumerate(range(0, len(gallery), 100_000)):
             rows = gallery[start : start + 100_000]
             ids = [f"{index}-{row}" for row in range(len(rows))]

@@ -74,8 +74,9 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedPlan:
-    """What to embed with what (spec.precision included), and where to. captions: "no", "text" (kept as text) or "embed" (kept and embedded).
+    """What to embed with what, and where to; at which precision, spec says.
 
+    captions: "no", "text" (kept as text) or "embed" (kept and embedded).
     ids: "key", or "shard" for <name of the shard>/<key>, where keys repeat from shard to shard.
     """
 
@@ -107,7 +108,7 @@ class _Session:
     plan: EmbedPlan
     encoder: Any
     writer: EmbeddingWriter
-    limit: RejectLimit | None = None
+    limit: RejectLimit
 
     def rows(self, unit: Unit) -> Iterator[Row | Reject]:
         """Read a unit: usable rows, and rejects."""
@@ -167,10 +168,10 @@ class ShardEmbedder:
     def __init__(
         self,
         plans: list[EmbedPlan],
-        board: ray.actor.ActorHandle | None = None,
-        limits: Sequence[RejectLimit | None] | None = None,
+        board: ray.actor.ActorHandle | None,
+        limits: Sequence[RejectLimit],
     ) -> None:
-        self.plans, self.board, self.limits = plans, board, limits or [None] * len(plans)
+        self.plans, self.board, self.limits = plans, board, limits
         self.metrics = StageMetrics("embed", "rows", "rejects", "megabytes")
         self._setting_up = threading.Lock()
         self._sessions: dict[int, _Session] = {}
@@ -267,8 +268,7 @@ class ShardEmbedder:
                 chunk, rejects = source.next_chunk(session.plan.batch_size)
             part.reject(rejects)
             meter.count(rejects=len(rejects))
-            if session.limit is not None:
-                session.limit.check_part(part.num_rows, part.rejects, lambda: meter.totals(f"{session.plan.output} "))
+            session.limit.check_part(part.num_rows, part.rejects, lambda: meter.totals(f"{session.plan.output} "))
             if chunk:
                 waiting.append((chunk, decode_images.remote(chunk, preprocessing)))
             if waiting and (len(waiting) >= _IN_FLIGHT or not chunk):

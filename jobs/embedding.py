@@ -260,6 +260,7 @@ def _run(
             ),
             num_cpus=ENCODER_CPUS,
             num_gpus=1 if plans[0].use_gpu else None,
+            # The limits as they are now: what comes, an actor learns from the board.
             fn_constructor_args=([replace(plan, units=()) for plan in plans], reporter.board, copy.deepcopy(limits)),
         )
         dataset.context.target_max_block_size = 1  # each unit's row is told when it is there

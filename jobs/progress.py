@@ -77,15 +77,14 @@ class UnitGauge:
     """
 
     def __init__(self, job: str, unit: str, ask: Callable[[], int] | None = None) -> None:
-        self._ask, self._total = ask, 0
+        self._ask, self._done, self._total = ask, 0, 0
         self._gauge = metrics.Gauge(f"cir_{job}_{unit}", description=f"{unit.title()} of a job.", tag_keys=("state",))
-        self._states: dict[str, int] = {}
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"gauge-{unit}", daemon=True)
 
     def show(self, done: int, total: int) -> None:
         """Take in the newest numbers."""
-        self._total, self._states = total, {"done": done, "left": total - done}
+        self._done, self._total = done, total
         self._set()
 
     def __enter__(self) -> UnitGauge:
@@ -98,15 +97,15 @@ class UnitGauge:
 
     def _run(self) -> None:
         while not self._ending.wait(_GAUGE_EVERY_S):
-            if self._ask is not None and self._states:
+            if self._ask is not None:
                 with suppress(OSError, CirError), files.patience(_GAUGE_EVERY_S):
-                    done = self._ask()
-                    self._states = {"done": done, "left": self._total - done}
+                    self._done = self._ask()
             self._set()
 
     def _set(self) -> None:
-        for state, value in self._states.items():
-            self._gauge.set(value, tags={"state": state})
+        if self._total:
+            self._gauge.set(self._done, tags={"state": "done"})
+            self._gauge.set(self._total - self._done, tags={"state": "left"})
 
 
 @cache

@@ -35,7 +35,7 @@ class StoreSpec:
     dim: int
     dtype: str
     input_digest: str
-    precision: str = "fp32"
+    precision: str
 
     def __post_init__(self) -> None:
         embedding_schema(self.dim, self.dtype)  # refuses an unknown dtype

@@ -174,36 +174,21 @@ class EmbeddingStore:
             list(pool.map(read, self.parts_of(rows)))
         return cast(Embeddings, found)
 
-    def find(
-        self, ids: Sequence[str], parts: Sequence[int] | None = None, *, embeddings: bool = True
-    ) -> tuple[list[str], npt.NDArray[np.int64], Embeddings]:
-        """Look ids up in all parts, or in the given ones: those that are there, in row order.
+    def take(self, ids: Sequence[str]) -> Embeddings:
+        """Return the embeddings [len(ids), D] of the given ids; reads every id, and only the row groups that hold one.
 
-        Returns n ids, their global row numbers int64[n] and their embeddings [n, D] (without `embeddings`: [0, D]).
-        Reads every id, and embeddings only of the row groups that hold one. Who asks often: see IdIndex.
+        Raises CirError naming the ids that the store does not hold. Who asks often: see IdIndex.
         """
         wanted = pa.array(list(dict.fromkeys(ids)), pa.string())
-        names: list[str] = []
-        found: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-        for offset, held in self.iter_ids(parts):
+        places: dict[str, int] = {}
+        for offset, held in self.iter_ids():
             here = np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy(zero_copy_only=False))
-            names += held.take(pa.array(here)).to_pylist()
-            found.append(offset + here)
-        rows = np.concatenate(found)
-        return names, rows, self.embeddings_at(rows if embeddings else rows[:0])
-
-    def take(self, ids: Sequence[str]) -> Embeddings:
-        """Return the embeddings [len(ids), D] of the given ids; reads only the row groups that hold one.
-
-        Raises CirError naming the ids that the store does not hold.
-        """
-        names, _, vectors = self.find(ids)
-        places = {one: place for place, one in enumerate(names)}
+            places |= zip(held.take(pa.array(here)).to_pylist(), (offset + here).tolist(), strict=True)
         missing = sorted({one for one in ids if one not in places})
         if missing:
             shown = ", ".join(map(repr, missing[:5]))
             raise CirError(f"{files.redact(self.uri)}: {len(missing)} ids are not in the store, such as {shown}")
-        return vectors[[places[one] for one in ids]]
+        return self.embeddings_at(np.array([places[one] for one in ids], np.int64))
 
     def read_rows(self, part: int, first: int, stop: int, columns: Sequence[str] = ()) -> Block:
         """Return rows [first, stop) of one part, counted within it; reads only the row groups that hold them.

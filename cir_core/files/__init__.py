@@ -24,7 +24,7 @@ from cir_core.files.access import (
     size_bytes,
 )
 from cir_core.files.reading import open_parquet, open_random, open_stream, read_bytes, read_json, read_range
-from cir_core.files.uris import is_local, join, local_path, query_of, redact
+from cir_core.files.uris import is_local, is_web, join, local_path, query_of, redact
 from cir_core.files.writing import (
     create_json,
     open_atomic,
@@ -41,6 +41,7 @@ __all__ = [
     "filesystem",
     "is_folder",
     "is_local",
+    "is_web",
     "join",
     "list_files",
     "local_path",

@@ -16,7 +16,6 @@ from cir_core.shards.refusals import judge_refusals
 FETCH_THREADS = 16
 """Pictures fetched ahead: enough to hide a store's latency, few enough to hold in memory."""
 _STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "hdfs", "viewfs", "http", "https"})
-_WEB = ("http", "https")
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -43,7 +42,7 @@ def resolve(list_uri: str, given: str) -> str:
                 raise UnusableError("unsafe_uri", "a local path in a list that is not local")
         elif scheme not in _STORES and scheme != own:
             raise UnusableError("unsafe_uri", f"{scheme}:// is none of {', '.join(sorted(_STORES))}")
-        elif not local and scheme not in _WEB and files.query_of(given) not in ("", files.query_of(list_uri)):
+        elif not local and not files.is_web(given) and files.query_of(given) not in ("", files.query_of(list_uri)):
             raise UnusableError("unsafe_uri", "options of a store in a list that is not local")
         return given
     if local:

@@ -60,10 +60,10 @@ def shard_versions(shards: Sequence[str]) -> list[tuple[str, int, int]]:
     """
     listings = {
         folder: {file.name: (file.size_bytes, file.modified_ns) for file in files.list_files(folder, recursive=False)}
-        for folder in {_folder(shard) for shard in shards if not _is_web(shard)}
+        for folder in {_folder(shard) for shard in shards if not files.is_web(shard)}
     }
     return [
-        (shard, files.size_bytes(shard), 0) if _is_web(shard) else (shard, *listings[_folder(shard)][_name(shard)])
+        (shard, files.size_bytes(shard), 0) if files.is_web(shard) else (shard, *listings[_folder(shard)][_name(shard)])
         for shard in shards
     ]
 
@@ -204,7 +204,7 @@ def _missing(names: Sequence[str], *, check_web: bool) -> list[str]:
     by_folder: dict[str, list[str]] = defaultdict(list)
     probes: list[str] = []
     for name in names:
-        if not _is_web(name):
+        if not files.is_web(name):
             by_folder[_folder(name)].append(name)
         elif check_web:
             probes.append(name)
@@ -224,10 +224,6 @@ def _missing(names: Sequence[str], *, check_web: bool) -> list[str]:
             if not there
         }
     return [name for name in names if name in absent]
-
-
-def _is_web(uri: str) -> bool:
-    return uri.lower().startswith(("http://", "https://"))
 
 
 def _wanted(suffixes: Sequence[str]) -> str:

@@ -12,7 +12,6 @@ from cir_core.schema import AccessError, RefusedError
 
 MAX_REFUSED = 64
 """So many refusals of a store before a process has read anything of it say that it is closed to us."""
-_WEB = ("http", "https")  # what a stranger's host refuses is no matter of our credentials
 _last_read: dict[Parts, str] = {}  # in this process, by store
 _refused: Counter[Parts] = Counter()
 
@@ -26,10 +25,10 @@ def judge_refusals(uri: str) -> Iterator[None]:
     Raises:
         AccessError: that is refused now too, as where credentials end; or MAX_REFUSED were refused and none was ever read.
     """
-    parts = split(uri)
-    if files.is_local(uri) or parts.scheme in _WEB:
+    if files.is_local(uri) or files.is_web(uri):  # what a stranger's host refuses is no matter of our credentials
         yield
         return
+    parts = split(uri)
     store = Parts(parts.scheme, parts.netloc, "", parts.query)
     try:
         yield

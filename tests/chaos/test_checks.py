@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from cir_core.embedding_store import EmbeddingWriter, StoreSpec
 from cir_core.schema import Reject
 
-SPEC = StoreSpec("m", "w", "", "", "", "", "p", 4, "float32", "listing")
+SPEC = StoreSpec("m", "w", "", "", "", "", "p", 4, "float32", "listing", "fp32")
 ROWS = [("a", "b", "c"), ("d", "e")]
 REJECTS = [[], [Reject("1.tar", "broken", "decode", "cut")]]
 

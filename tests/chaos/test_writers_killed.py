@@ -23,7 +23,7 @@ import numpy as np
 from cir_core.embedding_store import EmbeddingWriter, StoreSpec
 from cir_core.schema import Reject
 
-spec = StoreSpec("m", "w", "", "", "", "", "p", 16, "float32", "listing")
+spec = StoreSpec("m", "w", "", "", "", "", "p", 16, "float32", "listing", "fp32")
 writer = EmbeddingWriter(sys.argv[1], spec)
 print("begun", flush=True)
 order = [number for number in range({PARTS}) if number not in writer.finished_parts()]

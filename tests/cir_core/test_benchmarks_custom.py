@@ -284,7 +284,7 @@ def test_a_folder_that_does_not_say_which_file_is_meant(tmp_path):
 
 
 def test_a_saved_ranking_is_scored_again_with_the_ids_of_a_store(tmp_path):
-    spec = StoreSpec("m", "own", "w", "", "c", "t", "p", 2, "float32", "i")
+    spec = StoreSpec("m", "own", "w", "", "c", "t", "p", 2, "float32", "i", "fp32")
     writer = EmbeddingWriter(str(tmp_path / "store"), spec)
     writer.write_part(0, GALLERY, np.tile(np.float32([1, 0]), (26, 1)))
     writer.commit(rows_in=26)

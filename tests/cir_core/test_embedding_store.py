@@ -27,7 +27,7 @@ from cir_core.embedding_store import (
 from cir_core.schema import CirError, Reject
 
 DIM = 8
-SPEC = StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "center_crop-64-bicubic", DIM, "float32", "input")
+SPEC = StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "center_crop-64-bicubic", DIM, "float32", "input", "fp32")
 
 
 def unit(num_rows, seed=0, dim=DIM):
@@ -83,11 +83,9 @@ def test_round_trip(uri):
     chosen = [11, 0, 5, 0]
     assert np.array_equal(store.take([ids[row] for row in chosen]), everything[chosen])
     assert store.take([]).shape == (0, DIM)
-    names, places, vectors = store.find([ids[11], "stranger", ids[3], ids[0], ids[3]])
-    assert (names, places.tolist()) == ([ids[0], ids[3], ids[11]], [0, 3, 11])
-    assert np.array_equal(vectors, everything[places])
-    names, places, vectors = store.find(ids, parts=[2], embeddings=False)
-    assert (names, places.tolist(), vectors.shape) == (ids[5:], list(range(5, 12)), (0, DIM))
+    assert np.array_equal(store.take([ids[11], ids[3], ids[0], ids[3]]), everything[[11, 3, 0, 3]])
+    with pytest.raises(CirError, match="1 ids are not in the store, such as 'stranger'"):
+        store.take([ids[11], "stranger"])
     assert [(offset, found.to_pylist()) for offset, found in store.iter_ids([2])] == [(5, ids[5:])]
     rows = np.array([[11, 0], [5, 0]])
     assert store.ids_at(rows).tolist() == [[ids[row] for row in pair] for pair in rows]

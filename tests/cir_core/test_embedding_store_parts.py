@@ -19,7 +19,7 @@ from cir_core.schema import CirError, Reject
 from cir_core.shards import REJECT_REASONS
 
 DIM = 4
-SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", DIM, "float32", "input")
+SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", DIM, "float32", "input", "fp32")
 
 
 def unit(num_rows, seed=0):

@@ -104,7 +104,7 @@ def test_a_part_takes_that_much_of_a_manifest(tmp_path):
         PartInfo(i, f"part-{i:05d}", 10_000, 3, f"{i:064x}", f"{-i % 2**64:064x}", 15_550_000 + i, ())
         for i in range(1000)
     )
-    spec = StoreSpec("ViT-L-14", "openai", *["a" * 64] * 4, "p", 768, "float16", "b" * 64)
+    spec = StoreSpec("ViT-L-14", "openai", *["a" * 64] * 4, "p", 768, "float16", "b" * 64, "fp32")
     files.write_json(str(tmp_path / "m.json"), Manifest(spec, 10**7, 3000, (), parts).to_json())
     assert (tmp_path / "m.json").stat().st_size / 1000 == pytest.approx(sizing.Sizing.manifest_bytes, rel=0.02)
 

@@ -30,7 +30,7 @@ OPEN_CLIP = image_transform(
 )
 SPEC = StoreSpec(
     model="m", weights="w", weights_digest="0", adapter_digest="", config_digest="0", tokenizer_digest="0",
-    preprocessing="p", dim=8, dtype="float32", input_digest="0",
+    preprocessing="p", dim=8, dtype="float32", input_digest="0", precision="fp32",
 )  # fmt: skip
 
 

@@ -23,7 +23,9 @@ SHARES = [[0], [1, 2], [3]]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("store") / "store")
-    writer = EmbeddingWriter(uri, StoreSpec("m", "w", "d", "", "c", "t", "crop", 4, "float16", "i"), row_group_rows=64)
+    writer = EmbeddingWriter(
+        uri, StoreSpec("m", "w", "d", "", "c", "t", "crop", 4, "float16", "i", "fp32"), row_group_rows=64
+    )
     for index, num_rows in enumerate(SIZES):
         vectors = np.random.default_rng(index).standard_normal((num_rows, 4)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -9,8 +9,9 @@ from cir_core.schema import CirError, Reject
 from cir_core.shards import REJECT_REASONS, Sample, index_image_folder, write_parquet_shard, write_tar_shard
 from jobs.embedder import EmbedPlan, Unit, _Counted, _Session
 from jobs.embedding import find_units
+from jobs.reject_limit import RejectLimit
 
-SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input")
+SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input", "fp32")
 PICTURES = [(f"k{number}", b"x" * 10, "jpg", f"c{number}") for number in range(5)]
 
 
@@ -19,7 +20,7 @@ def session(**settings):
         units=(), output="out", spec=SPEC, model="tiny", pretrained=None, adapter=None,
         preprocessing_mode=None, captions="text", batch_size=4, use_gpu=False, **settings,
     )  # fmt: skip
-    return _Session(plan, None, None)
+    return _Session(plan, None, None, RejectLimit("out", None, 1.0))
 
 
 @pytest.fixture

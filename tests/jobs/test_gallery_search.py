@@ -31,7 +31,9 @@ def unit(*shape, seed):
 def store(tmp_path_factory):
     """Five parts of very different sizes, one of them empty."""
     uri = str(tmp_path_factory.mktemp("store") / "store")
-    writer = EmbeddingWriter(uri, StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "crop", 24, "float16", "input"))
+    writer = EmbeddingWriter(
+        uri, StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "crop", 24, "float16", "input", "fp32")
+    )
     sizes = [700, 0, 13, 2000, 1]
     for index, num_rows in enumerate(sizes):
         ids = [f"{index}-{row}" for row in range(num_rows)]
@@ -44,7 +46,9 @@ def store(tmp_path_factory):
 def captioned(tmp_path_factory):
     """Four parts of 20 rows, every row with a caption."""
     uri = str(tmp_path_factory.mktemp("captioned") / "store")
-    writer = EmbeddingWriter(uri, StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "crop", 24, "float16", "input"))
+    writer = EmbeddingWriter(
+        uri, StoreSpec("ViT-Tiny", "ours", "w" * 8, "", "c", "t", "crop", 24, "float16", "input", "fp32")
+    )
     for index in range(4):
         ids, images, texts = (
             [f"{index}-{row}" for row in range(20)],

@@ -19,7 +19,7 @@ from jobs.models import inspect_model
 from jobs.storage import RunFolder
 from jobs.training_job import check_same_data
 
-SPEC = StoreSpec("m", "w", "d", "", "c", "t", "crop", 2, "float32", "i")
+SPEC = StoreSpec("m", "w", "d", "", "c", "t", "crop", 2, "float32", "i", "fp32")
 
 
 def folder_with(path, text):

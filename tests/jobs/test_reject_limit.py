@@ -14,7 +14,7 @@ from jobs import embedding
 from jobs.embedder import EmbedPlan, ShardEmbedder, Unit, _Session
 from jobs.reject_limit import RejectLimit
 
-SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input")
+SPEC = StoreSpec("tiny", "own", "w", "", "c", "t", "p", 2, "float32", "input", "fp32")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_an_actor_stops_inside_a_shard(tmp_path):
     limit = RejectLimit(plan.output, 20, 1.0)
     session = _Session(plan, Encoder(), EmbeddingWriter(plan.output, plan.spec), copy.deepcopy(limit))
     with pytest.raises(CirError, match=r"30 of 30 images cannot be used, .*missing_image: 30"):
-        ShardEmbedder([plan]).embed(session, Unit(0, str(tmp_path / "big.tar")))
+        ShardEmbedder([plan], None, [limit]).embed(session, Unit(0, str(tmp_path / "big.tar")))
     assert session.writer.finished_parts() == {}
 
 

@@ -12,7 +12,7 @@ from cir_core.embedding_store import EmbeddingWriter, PartInfo, StoreSpec
 from cir_core.schema import Reject
 from jobs import unique_ids
 
-SPEC = StoreSpec("m", "w", "d", "", "c", "t", "crop", 2, "float32", "i")
+SPEC = StoreSpec("m", "w", "d", "", "c", "t", "crop", 2, "float32", "i", "fp32")
 
 
 def write(uri: str, *, different: int) -> EmbeddingWriter:
