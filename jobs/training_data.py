@@ -38,13 +38,14 @@ Batches = Iterator[tuple[dict[str, Any], dict[str, Any]]]
 Anchors = npt.NDArray[np.float32]
 _T = TypeVar("_T")
 READER_CPUS = 0.25  # a reader waits for storage most of its time
+_SLICE_ROWS = 256
 _INDEX_READERS = 16  # requests in flight while the counts of thousands of shards are fetched
 _PIECE_READERS = 4  # ranged reads in flight while a round is fetched
 _ROUND_BYTES = 1 << 30  # of encoded images that a reader holds; ImageNet's 110 kB at batch 1024 are 8 steps of 115 MB
 DECODER_CPUS = 0.75  # decoding takes a core while it runs; one worker, one reader, one decoder fit two cores
 
 
-def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = 256) -> list[ShardIndex]:
+def index_shards(shards: Sequence[str], storage_uri: str, *, slice_rows: int = _SLICE_ROWS) -> list[ShardIndex]:
     """Count and cut all shards, in parallel on the cluster.
 
     The counts are kept in `<storage_uri>/index/<hash of the listing>/`, a file per shard, so that another run over the same
@@ -124,11 +125,28 @@ def steps_in_memory(indexes: Sequence[ShardIndex], global_batch_size: int) -> in
     return max(1, min(RunPlan.steps_per_round, int(_ROUND_BYTES / max(1.0, step_bytes))))
 
 
+def describe_large_groups(plan: EpochPlan) -> str:
+    """Say how often an epoch reads what it trains on where Parquet row groups are far larger than a round; "" if none is.
+
+    Rows are found by reading their row group from its start. Slices inside a group would be worse: each would do so.
+    """
+    round_rows = plan.steps_per_round * plan.global_batch_size
+    largest = max(plan.slices, key=lambda part: part.num_rows)
+    if largest.num_rows <= max(_SLICE_ROWS, 2 * round_rows):
+        return ""
+    read = sum(piece.stop for number in range(plan.num_rounds) for piece in plan.pieces(number))
+    return (
+        f"{files.redact(largest.shard)} has a row group of {largest.num_rows} rows; it is read from its start for each "
+        f"{round_rows} of them, so an epoch reads about {read / plan.num_rows:.1f} times the data. Shards written with row "
+        f"groups of {_SLICE_ROWS} rows train faster"
+    )
+
+
 def read_pairs(piece: Piece, anchors: TextAnchors | None) -> tuple[list[Sample], Anchors | None]:
     """Read the samples of a piece and, if there are any, their anchors float32[n, D]."""
-    # The whole slice is read, and so compared with what was counted; what the piece does not want is not kept.
-    wanted = range(piece.first, piece.stop)
-    samples = [sample for place, sample in enumerate(read_slice(piece.slice)) if place in wanted]
+    rows = read_slice(piece.slice)  # taken one by one: a Parquet file's row group may be as large as the file
+    to_the_end = piece.stop == piece.slice.num_rows  # where the slice's count is checked
+    samples = list(itertools.islice(rows, piece.first, None if to_the_end else piece.stop))
     return samples, None if anchors is None else anchors.read(piece.slice.shard, samples)
 
 

@@ -32,7 +32,15 @@ from jobs.session import check_resources, code_version, say
 from jobs.start_up import StartUp
 from jobs.storage import CHECK_S, RunFolder, absolute, check_writable, steps_done
 from jobs.text_anchors import run_anchors
-from jobs.training_data import DECODER_CPUS, READER_CPUS, PlannedBatches, RunPlan, index_shards, steps_in_memory
+from jobs.training_data import (
+    DECODER_CPUS,
+    READER_CPUS,
+    PlannedBatches,
+    RunPlan,
+    describe_large_groups,
+    index_shards,
+    steps_in_memory,
+)
 from jobs.training_network import NodesTorchConfig
 from jobs.training_worker import LoopSettings, MistakesAreFinal, train_worker
 
@@ -314,6 +322,8 @@ def tune(config: TatTrainConfig, checking: ray.ObjectRef[ModelInfo], start_up: S
     start_up.reached("tracking")
     going_on = f", going on after step {done}" if done else ""
     say(f"run {folder.name}: {plan.num_rows} pairs in {len(shards)} shards, {steps} steps of {config.batch}{going_on}")
+    if not result and (slow := describe_large_groups(plan.epoch(0))):
+        say(slow)
     say(f"MLflow: {tracker.page}")
     if not result:
         try:

@@ -233,10 +233,15 @@ def measure_gaps(encoder: OpenClipEncoder, settings: LoopSettings) -> dict[str, 
     images: list[torch.Tensor] = []
     texts: list[str] = []
     anchors: list[torch.Tensor] = []
-    for part in settings.plan.epoch(0).slices:
+    size = settings.gap_samples  # at a time; a slice may be as large as a file
+    for piece in (
+        Piece(part, first, min(first + size, part.num_rows))
+        for part in settings.plan.epoch(0).slices
+        for first in range(0, part.num_rows, size)
+    ):
         if len(images) == settings.gap_samples:
             break
-        samples, vectors = read_pairs(Piece(part, 0, part.num_rows), settings.plan.anchors)
+        samples, vectors = read_pairs(piece, settings.plan.anchors)
         for index, sample in enumerate(samples):
             if len(images) == settings.gap_samples:
                 break

@@ -22,7 +22,7 @@ _BYTES_TYPES = ("binary", "large_binary", "binary_view")
 _TEXT_TYPES = ("string", "large_string", "string_view", *_BYTES_TYPES, "null")  # null: a column without one value
 _WHOLE_NUMBERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _BUFFER_BYTES = 8 << 20  # of a column read at a time: row groups may be as large as the file
-_BATCH_ROWS = 64  # decoded at a time; bounds memory inside large row groups
+_BATCH_ROWS = 64  # decoded at a time; bounds memory inside large row groups, beside a page, of up to 1024 rows
 
 
 @dataclass(frozen=True, slots=True)
