@@ -13,10 +13,10 @@ lists, and one task writes these and then the part's marker:
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,11 @@ from cir_core.search import TopK
 from jobs.catalogue_approximate import ApproximateSearch
 from jobs.catalogue_lookup import Found, StoreIds, read_part
 from jobs.catalogue_recall import sample_uri, save_sample
-from jobs.decoding import fetch_images
+from jobs.decoding import Picture, decoded_ahead
 from jobs.gallery_search import GallerySearch, Setting, Tile
 
 _RANKS = ("rank", "pessimistic_rank")
 Rows = npt.NDArray[np.int64]
-Item = TypeVar("Item")
 _FETCHES = 4  # picture tasks in flight per encoder
 _CHUNK = 64  # pictures of one such task: some seconds of decoding
 
@@ -152,32 +151,17 @@ class QueryEncoder:
 
     def _encode_pictures(self, uris: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, tuple[str, str]]]:
         """Fetch, decode and encode pictures, a bounded number at a time; return embeddings, and reasons and details."""
-        chunks = [uris[start : start + _CHUNK] for start in range(0, len(uris), _CHUNK)]
+        chunks = [[Picture(uri, uri) for uri in uris[start : start + _CHUNK]] for start in range(0, len(uris), _CHUNK)]
         vectors: dict[str, torch.Tensor] = {}
         faults: dict[str, tuple[str, str]] = {}
-        for names, found in started_ahead(
-            chunks, lambda c: fetch_images.remote(c, self.encoder.preprocessing), _FETCHES
-        ):
-            images = dict(zip(names, found, strict=True))
-            faults |= {uri: image for uri, image in images.items() if isinstance(image, tuple)}
-            usable = [uri for uri in names if uri not in faults]
+        for pictures, decoded in decoded_ahead(chunks, self.encoder.preprocessing, _FETCHES):
+            faults |= {one.key: (one.reason, f"{one.shard}: {one.detail}") for one in decoded.rejects}
+            usable = [picture.key for picture in itertools.compress(pictures, decoded.readable)]
             for start in range(0, len(usable), self.choice.batch_size):
-                batch = usable[start : start + self.choice.batch_size]
-                pixels = torch.from_numpy(np.stack([images[uri] for uri in batch]))
-                vectors |= dict(zip(batch, self.encoder.encode_images(pixels).cpu(), strict=True))
+                batch = slice(start, start + self.choice.batch_size)
+                pixels = torch.from_numpy(decoded.images[batch].copy())
+                vectors |= dict(zip(usable[batch], self.encoder.encode_images(pixels).cpu(), strict=True))
         return vectors, faults
-
-
-def started_ahead(items: Iterable[Item], start: Callable[[Item], Any], limit: int) -> Iterator[tuple[Item, Any]]:
-    """Yield each item with the result of its task, in order, while at most `limit` tasks are started and not yielded."""
-    waiting: deque[tuple[Item, Any]] = deque()
-    for item in items:
-        if len(waiting) == limit:
-            first, ref = waiting.popleft()
-            yield first, ray.get(ref)
-        waiting.append((item, start(item)))
-    for item, ref in waiting:
-        yield item, ray.get(ref)
 
 
 def _rows_by_id(shares: Sequence[Found]) -> dict[str, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import ray
+from ray.exceptions import WorkerCrashedError
 
 from cir_core import files
 from cir_core.benchmarks import Crop
@@ -18,7 +20,8 @@ from cir_core.shards import Sample, fetch_image
 
 DECODER_CPUS = 0.75  # so that on two cores both decode beside an encoder that waits for them
 ENCODER_CPUS = 0.5  # an encoder waits for its GPU, or takes what the decoders leave
-_DEATHS = 20  # of a decoding process, machines that go away included, before its rows are given up
+_DEATHS = 20  # of a decoding process, machines that go away included, before its rows are decoded one by one
+_DEATHS_ALONE = 3  # with one row to decode, before the row is given up
 
 
 def embedding_resources(num_encoders: int, *, use_gpu: bool) -> dict[str, float]:
@@ -37,6 +40,9 @@ class Picture:
     caption: str = ""
 
 
+Row = Sample | Picture
+
+
 class Decoded(NamedTuple):
     """images: uint8[n, 3, H, W] of the n readable rows; readable: which rows these are; why the others are not.
 
@@ -51,7 +57,7 @@ class Decoded(NamedTuple):
 
 
 @ray.remote(num_cpus=DECODER_CPUS, max_retries=_DEATHS)
-def decode_images(rows: Sequence[Sample | Picture], preprocessing: Preprocessing) -> Decoded:
+def decode_images(rows: Sequence[Row], preprocessing: Preprocessing) -> Decoded:
     """Decode rows, fetching pictures first. An image that cannot be used is a reject.
 
     Raises:
@@ -60,7 +66,6 @@ def decode_images(rows: Sequence[Sample | Picture], preprocessing: Preprocessing
     started, num_bytes = time.perf_counter(), 0
     images, readable, rejects = [], [], []
     for row in rows:
-        place = files.redact(row.uri) if isinstance(row, Picture) else row.shard
         try:
             data = fetch_image(row.uri) if isinstance(row, Picture) else row.image
             num_bytes += len(data)
@@ -69,32 +74,57 @@ def decode_images(rows: Sequence[Sample | Picture], preprocessing: Preprocessing
             readable.append(True)
         except ImageError as error:
             readable.append(False)
-            rejects.append(Reject(place, row.key, error.reason, error.detail))
+            rejects.append(Reject(_place(row), row.key, error.reason, error.detail))
         except AccessError:
             raise
         except CirError as error:  # gone since it was listed, or not for us to read
             readable.append(False)
-            rejects.append(Reject(place, row.key, "missing", str(error)))
-    size = preprocessing.size
-    stacked = np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)
-    return Decoded(stacked, readable, rejects, num_bytes, time.perf_counter() - started)
+            rejects.append(Reject(_place(row), row.key, "missing", str(error).removeprefix(f"{_place(row)}: ")))
+    return Decoded(_stacked(images, preprocessing), readable, rejects, num_bytes, time.perf_counter() - started)
 
 
-@ray.remote(num_cpus=DECODER_CPUS, max_retries=_DEATHS)
-def fetch_images(uris: list[str], preprocessing: Preprocessing) -> list[np.ndarray[Any, Any] | tuple[str, str]]:
-    """Return for each picture uint8[3, H, W], or the reason and detail why it cannot be used.
+def get_decoded(rows: Sequence[Row], pending: ray.ObjectRef[Decoded], preprocessing: Preprocessing) -> Decoded:
+    """Wait for what decode_images makes of `rows`. Where its processes die of it, rows are decoded one by one.
 
-    Raises:
-        AccessError, OSError: a store is closed to us or does not answer: that says nothing about a picture.
+    A row that its processes die of even so, as by a fault of a decoding library, is a reject. Raises: as decode_images.
     """
-    found: list[np.ndarray[Any, Any] | tuple[str, str]] = []
-    for uri in uris:
-        try:
-            found.append(preprocess_image(fetch_image(uri), preprocessing))
-        except ImageError as error:
-            found.append((error.reason, f"{files.redact(uri)}: {error.detail}"))
-        except AccessError:
-            raise
-        except CirError as error:
-            found.append(("missing", str(error)))
-    return found
+    try:
+        decoded: Decoded = ray.get(pending)
+        return decoded
+    except WorkerCrashedError:
+        if len(rows) == 1:
+            detail = f"processes died of it, {_DEATHS_ALONE + 1} of them with nothing else to decode"
+            reject = Reject(_place(rows[0]), rows[0].key, "decoder_crash", detail)
+            return Decoded(_stacked([], preprocessing), [False], [reject], 0, 0.0)
+    alone = decode_images.options(max_retries=_DEATHS_ALONE)
+    found = [get_decoded([row], alone.remote([row], preprocessing), preprocessing) for row in rows]
+    return Decoded(
+        np.concatenate([one.images for one in found]),
+        [readable for one in found for readable in one.readable],
+        [reject for one in found for reject in one.rejects],
+        sum(one.num_bytes for one in found),
+        sum(one.seconds for one in found),
+    )
+
+
+def decoded_ahead(
+    chunks: Iterable[Sequence[Row]], preprocessing: Preprocessing, limit: int
+) -> Iterator[tuple[Sequence[Row], Decoded]]:
+    """Yield each chunk of rows with what it decodes to, in order, while at most `limit` tasks are started and not yielded."""
+    waiting: deque[tuple[Sequence[Row], Any]] = deque()
+    for chunk in chunks:
+        if len(waiting) == limit:
+            rows, pending = waiting.popleft()
+            yield rows, get_decoded(rows, pending, preprocessing)
+        waiting.append((chunk, decode_images.remote(chunk, preprocessing)))
+    for rows, pending in waiting:
+        yield rows, get_decoded(rows, pending, preprocessing)
+
+
+def _place(row: Row) -> str:
+    return files.redact(row.uri) if isinstance(row, Picture) else row.shard
+
+
+def _stacked(images: Sequence[np.ndarray[Any, Any]], preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
+    size = preprocessing.size
+    return np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8)

@@ -28,7 +28,7 @@ from cir_core.embedding_store import EmbeddingWriter, PartInfo, PartWriter, Stor
 from cir_core.encoders import load_encoder
 from cir_core.schema import Reject, UnreadableError
 from cir_core.shards import Sample, Slice, read_list_rows, read_shard, read_slice_rows
-from jobs.decoding import Decoded, Picture, decode_images
+from jobs.decoding import Decoded, Picture, Row, decode_images, get_decoded
 from jobs.encoding import EncoderCalls
 from jobs.progress import Meter, StageMetrics
 from jobs.reject_limit import RejectLimit
@@ -37,7 +37,6 @@ from jobs.session import node_cpus
 UNITS_AT_ONCE = 2  # per encoder: the ends of one unit overlap with the middle of another
 _IN_FLIGHT = 3  # chunks being decoded per unit: enough to hide a decode behind an encode
 _CHUNK_BYTES = 64 << 20  # encoded images of a chunk, so that a shard of huge files does not fill the object store
-Row = Sample | Picture
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ class ShardEmbedder:
             if waiting and (len(waiting) >= _IN_FLIGHT or not chunk):
                 rows, ref = waiting.popleft()
                 with meter.stage("decode"):
-                    decoded: Decoded = ray.get(ref)
+                    decoded = get_decoded(rows, ref, preprocessing)
                 yield rows, decoded
             elif not chunk and not rejects:
                 return

@@ -36,6 +36,7 @@ REJECT_REASONS = {
     "unsafe_path": "the name is absolute, climbs with '..', or is not UTF-8",
     "not_a_file": "a member is a link, a device or a sparse file; in a folder, a link that leads nowhere or a pipe",
     "sample_too_large": f"the image or caption file is larger than {MAX_SAMPLE_BYTES >> 20} MiB",
+    "decoder_crash": "the process that decodes the image dies of it, again and again, with nothing else to decode",
     "unreadable_shard": "the whole shard is none, and the job was told to go on",
     "duplicate_id": "an earlier part of the embedding store has the same id",
 }
