@@ -26,6 +26,7 @@ from cir_core import files
 from cir_core.preprocessing import Preprocessing, preprocess_image
 from cir_core.schema import CirError
 from cir_core.shards import Sample, list_shards, read_shard, write_tar_shard
+from jobs.benchmark_training import ratios
 from jobs.session import connect, say
 
 if TYPE_CHECKING:
@@ -219,10 +220,14 @@ def measure_embedding(config: BenchmarkConfig) -> str:
                 }
                 for name, rate in found.items():
                     rates[name] += [rate] if number else []
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    lines = [f"| {name} | {rate:.0f} | {medians['embed.py'] / rate:.2f} |" for name, rate in medians.items()]
+    lines = []
+    for name, measured in rates.items():
+        each = ratios(rates["embed.py"], measured)
+        lines.append(
+            f"| {name} | {statistics.median(measured):.1f} | {statistics.median(each):.2f} [{each[0]:.2f}, {each[-1]:.2f}] |"
+        )
     source = config.data or f"{config.images} generated JPEG photographs of {config.side} pixels"
-    notes = f"{config.model}, batch {config.batch_size}, {source}; median of {config.rounds} rounds in turns."
+    notes = f"{config.model}, batch {config.batch_size}, {source}; medians of {config.rounds} rounds in turns."
     table = ["| | images/s | embed.py / this |", "|---|---|---|", *lines]
     return "\n".join(["### Embedding", "", notes, "", *table, ""])
 
