@@ -42,6 +42,7 @@ from jobs.training_data import (
     steps_in_memory,
 )
 from jobs.training_network import NodesTorchConfig
+from jobs.training_stop import run_until_stopped, stop_notice
 from jobs.training_worker import LoopSettings, MistakesAreFinal, train_worker
 
 if TYPE_CHECKING:
@@ -110,12 +111,13 @@ def loop_settings(
         mlflow_run_id=mlflow_run_id,
         start_up=tuple(start_up.moments),
         first_step=first_step,
+        notice=stop_notice(),
         **config.model_dump(include={"checkpoint_every_steps", "log_every_steps", "gap_samples", "record_samples"}),
     )
 
 
 def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, preprocessing: Preprocessing) -> None:
-    """Run Ray Train to the last step; survives workers that die."""
+    """Run Ray Train to the last step; survives workers that die, and leaves a checkpoint when it is told to stop."""
     filesystem, path = files.filesystem(folder.uri)
     resources = {"CPU": config.cpus_per_worker}
     if config.use_gpu:
@@ -142,7 +144,7 @@ def train(config: TatTrainConfig, folder: RunFolder, settings: LoopSettings, pre
     # Told here, by checkpoints: a run that waits for workers has none that could say that it waits.
     with UnitGauge("tat_train", "steps", lambda: steps_done(settings.train_run_uri)) as steps:
         steps.show(settings.first_step, settings.tuning.total_steps)
-        trainer.fit()
+        run_until_stopped(trainer.fit, settings.notice)
 
 
 def summarise(config: TatTrainConfig, folder: RunFolder, plan: RunPlan) -> dict[str, Any]:

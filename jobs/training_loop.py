@@ -38,6 +38,7 @@ from jobs.start_up import StartUp
 from jobs.storage import STATE, forget_after
 from jobs.tracking import LiveMetrics
 from jobs.training_data import Batches, read_pairs
+from jobs.training_stop import EarlyCheckpoints
 from jobs.training_worker import LoopSettings
 
 _GAP_BATCH = 256
@@ -124,12 +125,13 @@ def _run_steps(
     first: int,
     live: LiveMetrics | None,
 ) -> None:
-    """Steps `first` to the end, with a checkpoint every checkpoint_every_steps and after the last."""
+    """Steps `first` to the end, with a checkpoint every checkpoint_every_steps, before an interruption, after the last."""
     total = settings.tuning.total_steps
     interval, waited, started, begun = _Interval(), 0.0, time.perf_counter(), time.perf_counter()
     exported = StageMetrics("tat_train", "rows", "rejects")
     if live is not None:  # rank 0
         forget_after(settings.run_uri, first)
+    early = EarlyCheckpoints(settings.notice, first)
     asked = time.perf_counter()
     for index, (arrays, info) in enumerate(batches, start=first):
         got = time.perf_counter()
@@ -162,9 +164,10 @@ def _run_steps(
                     f"ETA {eta:.0f} s"
                 )
             waited, started = 0.0, time.perf_counter()
-        if done % settings.checkpoint_every_steps == 0 or done == total:
+        if early.due(done) or done % settings.checkpoint_every_steps == 0 or done == total:
             with exported.measured("checkpoint"):
                 _checkpoint(settings, tuner, memory, done, interval)
+            early.written(done)
             interval = _Interval()
         asked = time.perf_counter()
 

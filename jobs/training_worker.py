@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ray.actor
 import ray.train
 from ray.train import UserCallback
 
@@ -42,6 +43,7 @@ class LoopSettings:
     record_samples: bool
     start_up: tuple[tuple[str, float], ...]
     first_step: int
+    notice: ray.actor.ActorHandle
 
 
 def train_worker(settings: LoopSettings) -> None:

@@ -168,6 +168,37 @@ def train_workers():
     return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
+def test_a_run_that_is_stopped_leaves_a_checkpoint(servers, pairs, tiny_model_dir, uninterrupted):
+    """None is due before the run's end; the same command ends in the weights of a run that was left alone."""
+    given = arguments(pairs, tiny_model_dir, "stopped", checkpoint_every_steps=1000)
+    log = servers.storage / "stopped.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            servers.command("tat_train", *given),
+            env=servers.environment(),
+            cwd=servers.storage,
+            stdout=output,
+            stderr=output,
+        )
+    deadline = time.monotonic() + 240
+    while "step 5/" not in log.read_text():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1
+    (state,) = (servers.storage / "tat_train" / "stopped" / "state").glob("step-*/state.safetensors")
+    step = int(state.parent.name[5:])
+    assert 5 <= step < STEPS
+    assert f"the checkpoint of step {step} is written" in log.read_text()
+    assert "stopped by SIGTERM; the same command continues where this one stopped" in log.read_text()
+    done = servers.run("tat_train", *given)
+    assert f"going on after step {step}" in done.stdout
+    run = Run(servers, "stopped")
+    run.check_every_sample_once()
+    assert run.adapter == uninterrupted[0].adapter
+
+
 @pytest.mark.long
 def test_a_killed_worker_and_a_killed_driver_change_nothing(servers, pairs, tiny_model_dir, uninterrupted):
     given = arguments(pairs, tiny_model_dir, "killed")
