@@ -43,6 +43,7 @@ _ENVIRONMENT = {
 # The type's name at the start of an error's text: all that Ray Data compares. Those of the subclasses of OSError that
 # a network gives.
 _NETWORK_ERROR = r"^(OSError|StorageError|BrokenPipeError|Connection\w*Error|TimeoutError)\b"
+_FIRST_REST_S, _MOST_REST_S = 0.001, 0.05
 _URI = re.compile(r"\w+://\S+")
 # KubeRay sets it, to true or false, on heads that have an autoscaler; and that tells nobody how far it goes.
 _KUBERAY_AUTOSCALER = "RAY_enable_autoscaler_v2"
@@ -192,6 +193,39 @@ def retry_network_errors(dataset: Dataset, *, max_retries: int = 5) -> None:
     dataset.context.raise_original_map_exception = True  # the pattern below sees the error itself
     dataset.context.retried_map_errors = [_NETWORK_ERROR]
     dataset.context.max_map_retries = max_retries
+
+
+class Paced:
+    """Has Ray Data's scheduling loop rest while nothing moves: 1 ms, then twice as long each time, up to 50 ms.
+
+    The loop waits for tasks itself, at most 0.1 s. Where every running task has its next block ready and none may be taken,
+    as whenever training is slower than its data, that wait is over at once, again and again: a core that does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._moved, self._rest_s = -1, 0.0
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Nothing to do."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called after each step of the loop."""
+        counts = [operator.metrics for operator in executor._topology]
+        moved = sum(one.num_tasks_submitted + one.num_task_outputs_generated + one.num_outputs_taken for one in counts)
+        self._rest_s = min(2 * self._rest_s or _FIRST_REST_S, _MOST_REST_S) if moved == self._moved else 0.0
+        self._moved = moved
+        time.sleep(self._rest_s)
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Nothing to do."""
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Nothing to do."""
+
+
+def pace(dataset: Dataset) -> None:
+    """Keep the loop that schedules a dataset's tasks from taking a core of its own while it has nothing to do."""
+    dataset.context.custom_execution_callback_classes.append(Paced)
 
 
 def _running_cluster() -> str | None:

@@ -31,7 +31,7 @@ from cir_core.preprocessing import ImageError, Preprocessing, preprocess_image
 from cir_core.schema import Reject
 from cir_core.shards import Sample, ShardIndex, Slice, index_shard, read_slice, shard_versions
 from jobs.progress import count_storage_retries
-from jobs.session import retry_network_errors, say
+from jobs.session import pace, retry_network_errors, say
 from jobs.text_anchors import TextAnchors
 
 Batches = Iterator[tuple[dict[str, Any], dict[str, Any]]]
@@ -271,6 +271,7 @@ class PlannedBatches(DataConfig):  # type: ignore[misc]
         )
         dataset.context.target_max_block_size = 1  # a block is one row: one worker's batch of one step
         dataset.context.execution_options.preserve_order = True
+        pace(dataset)
         retry_network_errors(dataset)  # both operators give out the same rows when they run again
         dataset.set_name(name)
         return [{name: split} for split in dataset.streaming_split(world_size, equal=False)]

@@ -3,18 +3,21 @@
 import itertools
 import shutil
 import threading
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from ray.data import ExecutionResources
 
 from cir_core.encoders import load_encoder
 from cir_core.epoch_plan import EpochPlan, plan_epoch
 from cir_core.preprocessing import Preprocessing
 from cir_core.scenes import write_pairs
 from cir_core.shards import ShardIndex, index_shard, read_captions, write_tar_shard
+from jobs import session
 from jobs.models import ModelInfo
 from jobs.text_anchors import anchor_spec, make_anchors
 from jobs.training_data import PlannedBatches, RunPlan, index_shards, steps_in_memory, worker_batches
@@ -193,3 +196,30 @@ def test_a_round_of_large_images_has_fewer_steps():
         indexes = [ShardIndex(f"{n}.tar", 100, (), (), 100 * bytes_per_sample) for n in range(3)]
         assert steps_in_memory(indexes, 1024) == steps
     assert steps_in_memory([ShardIndex("a.tar", 0, (), (), 0)], 16) == 8
+
+
+def test_a_pipeline_that_waits_for_training_leaves_the_processor_alone(connected):
+    """Without its pace, Ray Data's loop makes a thousand steps a second while the one task has more than may be taken."""
+    steps = []
+
+    class Counts(session.Paced):
+        def on_execution_step(self, executor):
+            steps.append(time.monotonic())
+
+    def blocks(batch):
+        for _ in range(60):
+            yield {"image": [b"0" * 1_000_000]}
+
+    dataset = ray.data.from_items([{"id": 0}]).map_batches(blocks, num_cpus=0.5)
+    dataset.context.target_max_block_size = 1
+    dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=10_000_000)
+    dataset.context.custom_execution_callback_classes.append(Counts)
+    session.pace(dataset)
+    rows = iter(dataset.iter_rows())
+    next(rows)
+    time.sleep(2)  # it fills what it may fill
+    before = len(steps)
+    time.sleep(2)
+    made = len(steps) - before
+    assert sum(1 for _ in rows) == 59
+    assert 2 <= made <= 2 / 0.05 + 1
