@@ -64,7 +64,8 @@ def start_head(state: dict[str, Record], extra_env: Mapping[str, str | None], ab
         parent = os.environ.get("RAY_TMPDIR", "/tmp")  # noqa: S108 - Ray's own default; tempfile's may be too long
         command.append(f"--temp-dir={parent}/ray-{folder}")
         url = f"http://{HOST}:{dashboard}"
-        found = {"url": url, "address": f"{HOST}:{gcs}", **about}
+        # To SIGTERM it answers by waiting half a minute for tasks, which end with it whatever it waits for.
+        found = {"url": url, "address": f"{HOST}:{gcs}", "kill": True, **about}
         try:
             start(state, "ray", command, {**_environment(), **extra_env}, found, ready=f"{url}/api/version")
             # The dashboard answers before the head's own node has joined, and Ray may still give up.
@@ -110,7 +111,7 @@ def start_node(
         "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0",
         f"--object-store-memory={_OBJECT_STORE_BYTES // 5}", "--disable-usage-stats",
     ]  # fmt: skip
-    about = {"head": head["pid"], "label": own[_NODE_LABEL]}
+    about = {"head": head["pid"], "label": own[_NODE_LABEL], "kill": True}
     start(state, name, command, {**_environment(), **(extra_env or {})}, about, ready=f"{head['url']}/api/version")
     finish_start(state, name, lambda: own[_NODE_LABEL] in alive_nodes(head))
     return name
