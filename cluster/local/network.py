@@ -1,19 +1,19 @@
 """A Ray cluster of several machines on one: each node has its own address, ports, processes and shared memory.
 
-    python cluster/local/network.py up --workers 3    # head, workers and MLflow; prints what to export
+    python cluster/local/network.py up --workers 3    # head, workers, MLflow, S3; prints what to export
     python cluster/local/network.py kill worker-1     # SIGKILL for all of it: a lost machine
+    python cluster/local/network.py evict worker-1    # SIGTERM, as Kubernetes ends a pod; it has half a minute
     python cluster/local/network.py cut worker-2      # a partition: nothing goes in or out; the head gives it up in 65 s
     python cluster/local/network.py heal worker-2
     python cluster/local/network.py status            # which nodes the head holds to be alive
     python cluster/local/network.py down
 
 A node is a network and process namespace on a bridge, which takes Linux and root. It gets what the manifests in
-cluster/kubernetes/base give a pod, and nothing else of this shell: the environment of settings.yaml, ports, labels, the
-cluster's token; and the packets that network_policies.yaml lets through, where this machine stands for MLflow and for a
-submitter of jobs. Different from a pod: processes are root, storage is a folder that all nodes see, and the object store
-is small.
+cluster/kubernetes give a pod of the overlay dev, and nothing else of this shell: the environment, ports, labels, the
+command line, the cluster's token; and the packets that the network policies let through, where this machine stands for
+MLflow, for SeaweedFS and for a submitter of jobs. Different from a pod: processes are root, and the object store is small.
 
-The run folder is `network` in CIR_RUN_DIR (.run); the token is there, readable for its owner alone.
+The run folder is `network` in CIR_RUN_DIR (.run); token and keys are there, readable for their owner alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import ipaddress
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from network_policies import let_through
 from processes import (
@@ -47,12 +49,15 @@ from processes import (
     stop,
 )
 from ray_nodes import listed
+from s3_server import load_server, start_s3
 
 NETWORK = ipaddress.ip_network("10.231.7.0/24")
 GCS, DASHBOARD, METRICS, AGENT, MLFLOW = 6379, 8265, 8080, 52365, 5000  # as in the manifests
+_SERVICES = ("mlflow", "s3")  # what runs beside the nodes, on this machine's address
 _MANIFESTS = ROOT / "cluster" / "kubernetes" / "base"
+_DEV = ROOT / "cluster" / "kubernetes" / "overlays" / "dev"
 _BRIDGE = "cir-br"
-_HERE = str(NETWORK[1])  # this machine, on the bridge
+HERE = str(NETWORK[1])  # this machine, on the bridge
 _HEAD = str(NETWORK[10])
 URL = f"http://{_HEAD}:{DASHBOARD}"
 _OBJECT_STORE_BYTES = 300_000_000
@@ -63,8 +68,9 @@ _IS_NODE = ("ray.io/is-ray-node", "yes")
 _WHO = {
     _IS_NODE: _NODES,
     ("ray.io/node-type", "head"): f"{_HEAD}-{_HEAD}",
-    ("app.kubernetes.io/name", "mlflow"): f"{_HERE}-{_HERE}",
-    ("slerp-tat/role", "submitter"): f"{_HERE}-{_HERE}",
+    ("app.kubernetes.io/name", "mlflow"): f"{HERE}-{HERE}",
+    ("app.kubernetes.io/name", "seaweedfs"): f"{HERE}-{HERE}",
+    ("slerp-tat/role", "submitter"): f"{HERE}-{HERE}",
 }
 # What a container has of its own. The arguments are the command.
 _IN_NODE = 'mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
@@ -106,8 +112,7 @@ def _plug_in(name: str) -> None:
         _in(name, "iptables", "-A", chain, interface, "lo", "-j", "ACCEPT")
         _in(name, "iptables", "-A", chain, "-m", "conntrack", "--ctstate", "ESTABLISHED", "-j", "ACCEPT")
     labels = dict([_IS_NODE, ("ray.io/node-type", "head" if name == "head" else "worker")])
-    policies = yaml.safe_load_all((_MANIFESTS / "network_policies.yaml").read_text())
-    for way in let_through(labels, policies, _WHO):
+    for way in let_through(labels, network_policies(), _WHO):
         chain, which = ("INPUT", "--src-range") if way.incoming else ("OUTPUT", "--dst-range")
         port = ("-p", way.protocol.lower(), "--dport", str(way.port)) if way.port else ()
         _in(name, "iptables", "-A", chain, "-m", "iprange", which, way.addresses, *port, "-j", "ACCEPT")
@@ -118,17 +123,24 @@ def _pull_out(name: str) -> None:
     _do("ip", "link", "delete", f"cir-{_address(name).rpartition('.')[2]}", check=False)
 
 
-def pod_environment(storage: str, token: str) -> dict[str, str]:
-    """Return the variables that a container gets by the manifests and by KubeRay, with this machine's MLflow and storage."""
+def network_policies() -> list[dict[str, Any]]:
+    """Return the network policies of the overlay dev."""
+    files = (_MANIFESTS / "network_policies.yaml", _DEV / "seaweedfs.yaml")
+    found = (document for file in files for document in yaml.safe_load_all(file.read_text()))
+    return [document for document in found if document["kind"] == "NetworkPolicy"]
+
+
+def pod_environment(secret: Mapping[str, str], token: str) -> dict[str, str]:
+    """Return the variables that a container gets in the overlay dev and by KubeRay, with this machine's MLflow and S3.
+
+    secret: what Secret s3 holds, and where its server is.
+    """
     found: dict[str, str] = {}
-    for document in yaml.safe_load_all((_MANIFESTS / "settings.yaml").read_text()):
-        if document["metadata"]["name"] == "settings":
+    for file in (_MANIFESTS / "settings.yaml", _DEV / "settings_patch.yaml", _DEV / "storage_patch.yaml"):
+        for document in yaml.safe_load_all(file.read_text()):
             found |= document["data"]
-    found["MLFLOW_TRACKING_URI"] = f"http://{_HERE}:{MLFLOW}"
-    for key in found:
-        if key.endswith("_STORAGE_PATH"):
-            found[key] = storage
-    return found | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    found["MLFLOW_TRACKING_URI"] = f"http://{HERE}:{MLFLOW}"
+    return found | dict(secret) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def pod_arguments(group: str, num_cpus: float) -> list[str]:
@@ -158,11 +170,19 @@ def start_node(
     else:
         own, variables = [f"--address={_HEAD}:{GCS}"], {**environment, "RAY_ADDRESS": f"{_HEAD}:{GCS}"}
     group = "head" if name == "head" else "decode"
+    ray = [
+        str(BIN / "ray"),
+        "start",
+        "--block",
+        f"--node-ip-address={address}",
+        *own,
+        *pod_arguments(group, num_cpus),
+        *more,
+    ]
     command = [
         "ip", "netns", "exec", _namespace(name),
         "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
-        "sh", "-c", _IN_NODE, "node",
-        str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *own, *pod_arguments(group, num_cpus), *more,
+        "sh", "-c", _IN_NODE, "node", "bash", "-c", "--", f"ulimit -n 65536; {shlex.join(ray)} ",  # as KubeRay does
     ]  # fmt: skip
     nothing_else: dict[str, str | None] = dict.fromkeys(os.environ)
     try:
@@ -177,12 +197,12 @@ def _start_mlflow(state: dict[str, Record]) -> None:
     home = run_dir() / "mlflow"
     home.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", _HERE, "--port", str(MLFLOW), "--workers", "1",
-        "--allowed-hosts", f"{_HERE}:{MLFLOW}",
+        sys.executable, "-m", "mlflow", "server", "--host", HERE, "--port", str(MLFLOW), "--workers", "1",
+        "--allowed-hosts", f"{HERE}:{MLFLOW}",
         "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "artifacts"),
     ]  # fmt: skip
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    url = f"http://{_HERE}:{MLFLOW}"
+    url = f"http://{HERE}:{MLFLOW}"
     start(state, "mlflow", command, environment, {"url": url}, ready=f"{url}/health")
     finish_start(state, "mlflow")
 
@@ -208,15 +228,18 @@ def _token() -> str:
 
 
 def start_around(state: dict[str, Record]) -> dict[str, str]:
-    """Make the bridge and start MLflow, if they are not there; return the environment of nodes."""
+    """Make the bridge and start MLflow and S3, if they are not there; return the environment of nodes."""
     if _do("ip", "link", "show", _BRIDGE, check=False).returncode:
         _do("ip", "link", "add", _BRIDGE, "type", "bridge")
-        _do("ip", "address", "add", f"{_HERE}/{NETWORK.prefixlen}", "dev", _BRIDGE)
+        _do("ip", "address", "add", f"{HERE}/{NETWORK.prefixlen}", "dev", _BRIDGE)
         _do("ip", "link", "set", _BRIDGE, "up")
     if "mlflow" not in state:
         print("starting the MLflow server", flush=True)
         _start_mlflow(state)
-    return pod_environment(str(run_dir() / "storage"), _token())
+    if "s3" not in state:
+        print("starting the S3 server", flush=True)
+        start_s3(state, HERE)
+    return pod_environment(load_server(HERE).environment(), _token())
 
 
 def up(*, workers: int, num_cpus: float) -> dict[str, Record]:
@@ -225,7 +248,7 @@ def up(*, workers: int, num_cpus: float) -> dict[str, Record]:
         state = load_state()
         joined = alive_addresses()
         for name, record in list(state.items()):  # also nodes that were cut off, and all of them without a head
-            if alive(record) is None or (name != "mlflow" and _address(name) not in joined):
+            if alive(record) is None or (name not in _SERVICES and _address(name) not in joined):
                 _forget(state, name)
         environment = start_around(state)
         for name in ["head", *(f"worker-{number}" for number in range(1, workers + 1))]:
@@ -237,13 +260,13 @@ def up(*, workers: int, num_cpus: float) -> dict[str, Record]:
 
 def _forget(state: dict[str, Record], name: str) -> None:
     stop(name, state.pop(name))
-    if name != "mlflow":
+    if name not in _SERVICES:
         _pull_out(name)
     save_state(state)
 
 
 def down() -> None:
-    """Stop everything, the workers first, and take the network away. Storage and MLflow's data stay."""
+    """Stop everything, the workers first, and take the network away. The bucket and MLflow's data stay."""
     with locked():
         state = load_state()
         for name in reversed(list(state)):
@@ -255,6 +278,15 @@ def down() -> None:
 def kill(name: str) -> None:
     """End every process of a node at once, as when its machine is lost."""
     print(f"killed {kill_now(_known(name))} processes of {name}", flush=True)
+
+
+def evict(name: str) -> None:
+    """End a node as Kubernetes ends a pod: its first process gets SIGTERM. Ray tells the cluster, and goes later."""
+    record = _known(name)
+    inside = psutil.Process(record["pid"]).children()  # of `unshare`: the first process of the node's own namespace
+    if not inside:
+        raise StartError(f"{name} has ended; `network.py up` replaces it")
+    inside[0].terminate()
 
 
 def cut(name: str) -> None:
@@ -279,8 +311,8 @@ def _wall(name: str, change: str) -> None:
 
 def _known(name: str) -> Record:
     state = load_state()
-    if name not in state or name == "mlflow":
-        nodes = ", ".join(item for item in state if item != "mlflow") or "none; `network.py up` starts some"
+    if name not in state or name in _SERVICES:
+        nodes = ", ".join(item for item in state if item not in _SERVICES) or "none; `network.py up` starts some"
         raise StartError(f"{name} is no node; running: {nodes}")
     return state[name]
 
@@ -300,7 +332,7 @@ def main() -> int:
     starting = commands.add_parser("up")
     starting.add_argument("--workers", type=int, default=3)
     starting.add_argument("--num-cpus", type=float, default=2, help="logical CPUs of each worker")
-    for name in ("kill", "cut", "heal"):
+    for name in ("kill", "evict", "cut", "heal"):
         commands.add_parser(name).add_argument("node")
     commands.add_parser("status")
     commands.add_parser("down")
@@ -312,19 +344,20 @@ def main() -> int:
             if not 1 <= options.workers <= _MOST_WORKERS or options.num_cpus <= 0:
                 raise StartError(f"--workers must be from 1 to {_MOST_WORKERS}, --num-cpus above 0")
             up(workers=options.workers, num_cpus=options.num_cpus)
-            print(f"MLflow  http://{_HERE}:{MLFLOW}")
+            print(f"MLflow  http://{HERE}:{MLFLOW}")
+            print(f"S3      {load_server(HERE).endpoint}, bucket s3://cir, which the nodes see")
             print(f"export RAY_API_SERVER_ADDRESS={URL} RAY_AUTH_MODE=token")
             print(f'export RAY_AUTH_TOKEN="$(cat {token_file()})"')
         elif options.command == "down":
             down()
         elif options.command == "status":
-            nodes, joined = [name for name in load_state() if name != "mlflow"], alive_addresses()
+            nodes, joined = [name for name in load_state() if name not in _SERVICES], alive_addresses()
             for name in nodes:
                 print(name, _address(name), "alive" if _address(name) in joined else "not alive")
             if not nodes:
                 print("no node is running; `network.py up` starts some")
         else:
-            {"kill": kill, "cut": cut, "heal": heal}[options.command](options.node)
+            {"kill": kill, "evict": evict, "cut": cut, "heal": heal}[options.command](options.node)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -27,7 +27,7 @@ def let_through(
     """
     for policy in policies:
         name, spec = policy["metadata"]["name"], policy["spec"]
-        if not _wanted(spec["podSelector"], name).items() <= labels.items():
+        if not _selects(spec["podSelector"], labels, name):
             continue
         for direction, peers in (("ingress", "from"), ("egress", "to")):
             for rule in spec.get(direction, []):
@@ -39,6 +39,24 @@ def let_through(
                     addresses = _addresses(_wanted(peer["podSelector"], name), name, who)
                     for port in rule.get("ports", [{"port": None}]):
                         yield Way(direction == "ingress", addresses, port.get("protocol", "TCP"), port["port"])
+
+
+def _selects(selector: Mapping[str, Any], labels: Mapping[str, str], policy: str) -> bool:
+    """Whether a policy's own podSelector takes in a pod with these labels."""
+    for asked in selector.get("matchExpressions", []):
+        key, values = asked["key"], asked.get("values", [])
+        holds = {
+            "In": labels.get(key) in values,
+            "NotIn": labels.get(key) not in values,
+            "Exists": key in labels,
+            "DoesNotExist": key not in labels,
+        }
+        if asked["operator"] not in holds:
+            raise StartError(f"NetworkPolicy {policy}: operator {asked['operator']!r} is not one of {', '.join(holds)}")
+        if not holds[asked["operator"]]:
+            return False
+    rest = {key: value for key, value in selector.items() if key != "matchExpressions"}
+    return _wanted(rest, policy).items() <= labels.items()
 
 
 def _wanted(selector: Mapping[str, Any], name: str) -> dict[str, str]:

