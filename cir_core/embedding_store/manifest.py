@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from cir_core import files
@@ -78,6 +79,15 @@ class PartInfo:
     size_bytes: int
     columns: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields; asdict takes five times as long, and a store may have 100,000 parts."""
+        return dict(zip(_PART_FIELDS, _part_values(self), strict=True))
+
+
+_PART_FIELDS = tuple(field.name for field in fields(PartInfo))
+_part_values = attrgetter(*_PART_FIELDS)
+_json_values = itemgetter(*_PART_FIELDS)
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -96,7 +106,9 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return what manifest.json holds."""
-        return {"format": FORMAT, "version": VERSION, "identity": self.identity, **asdict(self)}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        about = {"format": FORMAT, "version": VERSION, "identity": self.identity}
+        return {**about, **own, "spec": asdict(self.spec), "parts": [part.to_json() for part in self.parts]}
 
     @classmethod
     def from_json(cls, value: Any, name: str) -> Manifest:
@@ -122,8 +134,8 @@ class Manifest:
 
 def part_info(value: Mapping[str, Any]) -> PartInfo:
     """Parse a PartInfo from JSON."""
-    known = {field.name for field in fields(PartInfo)}
-    return PartInfo(**{**{name: value[name] for name in known}, "columns": tuple(value["columns"])})
+    *others, columns = _json_values(value)
+    return PartInfo(*others, tuple(columns))
 
 
 def part_name(index: int) -> str:

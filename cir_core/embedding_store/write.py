@@ -23,6 +23,7 @@ from cir_core.schema import REJECT_SCHEMA, CirError, Reject
 ROW_GROUP_ROWS = 16_384
 """32 MiB of float32[512]: what take() reads for one id, and what a writer holds."""
 _READERS = 32  # requests in flight while many small files are read
+_MARKERS = 1024  # read at once
 
 
 class EmbeddingWriter:
@@ -123,7 +124,7 @@ class EmbeddingWriter:
         part = self._file(f"{part_name(index)}.parquet")
         if not (files.exists(marker) and files.exists(part)):
             return None
-        info = self._parsed_marker(files.read_json(marker), marker)
+        info = self._read_marker(marker)
         return info if files.size_bytes(part) == info.size_bytes else None
 
     def finished_parts(self) -> dict[int, PartInfo]:
@@ -136,12 +137,15 @@ class EmbeddingWriter:
             return {}
         markers = [file.uri for file in files.list_files(self._file("_progress")) if file.name.startswith("part-")]
         sizes = {file.name: file.size_bytes for file in files.list_files(self.uri, recursive=False)}
+        sound = []
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(self._parsed_marker, pool.map(files.read_json, markers), markers))
-        sound = [part for part in found if sizes.get(f"{part.name}.parquet") == part.size_bytes]
+            for start in range(0, len(markers), _MARKERS):  # what waits in a pool takes more memory than what is read
+                found = pool.map(self._read_marker, markers[start : start + _MARKERS])
+                sound += [part for part in found if sizes.get(f"{part.name}.parquet") == part.size_bytes]
         return {part.index: part for part in sorted(sound, key=lambda part: part.index)}
 
-    def _parsed_marker(self, value: Any, uri: str) -> PartInfo:
+    def _read_marker(self, uri: str) -> PartInfo:
+        value = files.read_json(uri)
         try:
             identity, part = value["identity"], part_info(value)
         except (KeyError, TypeError) as error:
