@@ -16,8 +16,10 @@ import numpy as np
 import processes
 import pytest
 import ray_nodes
+import s3_server
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
+from cir_core import files
 from cir_core.embedding_store import EmbeddingStore, EmbeddingWriter
 from cir_core.encoders import load_encoder
 from cir_core.scenes import write_pairs
@@ -26,7 +28,7 @@ from jobs.embedding import store_spec
 MOST = 3
 CONFIG = {
     "cluster_name": "test",
-    "max_workers": MOST,
+    "max_workers": 2 * MOST,
     "idle_timeout_minutes": 0.2,
     "provider": {
         "type": "external",  # the wheel lacks the defaults of "fake_multinode"
@@ -44,6 +46,13 @@ CONFIG = {
         "decode": {
             "resources": {"CPU": 2, "object_store_memory": 200_000_000, "memory": 110_000_000},
             "labels": {"slerp-tat/pool": "decode"},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": MOST,
+        },
+        "gpu": {  # what Ray is told of a machine, which has none
+            "resources": {"CPU": 2, "GPU": 1, "object_store_memory": 200_000_000, "memory": 110_000_000},
+            "labels": {"slerp-tat/pool": "gpu"},
             "node_config": {},
             "min_workers": 0,
             "max_workers": MOST,
@@ -80,14 +89,18 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         state = processes.load_state()
         try:
             environment = network.start_around(state) | VARIABLES
+            for name, value in s3_server.load_server(network.HERE).environment().items():
+                patch.setenv(name, value)
             network.start_node(state, "head", environment, 0, f"--autoscaling-config={run_dir / 'autoscaling.json'}")
             yield run_dir
         finally:
             network.down()
 
 
-def workers() -> int:
-    return sum(not node["is_head_node"] for node in alive("nodes"))
+def workers(pool: str = "") -> int:
+    """Return how many workers there are, or how many of a pool."""
+    found = [node["labels"].get("slerp-tat/pool", "") for node in alive("nodes") if not node["is_head_node"]]
+    return len([label for label in found if pool in ("", label)])
 
 
 def actors(name: str) -> int:
@@ -98,22 +111,28 @@ def alive(kind: str) -> list[dict[str, Any]]:
     return ray_nodes.listed(network.URL, kind, token=network.token_file().read_text())
 
 
-def follow(folder: Path, actor: str, *entrypoint: str) -> tuple[list[int], int]:
-    """Submit a job; return the number of workers each time it changed, and the most actors of a name at once."""
+def follow(
+    folder: Path, actor: str, *entrypoint: str, pool: str = "decode", fails_with: str = ""
+) -> tuple[list[int], int]:
+    """Submit a job; return the number of a pool's workers each time it changed, and the most actors of a name at once.
+
+    fails_with: what a job that must fail says.
+    """
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": network.token_file().read_text()}
     line = [str(processes.BIN / "ray"), "job", "submit", "--address", network.URL, "--", "python", *entrypoint]
     path = folder / f"{time.monotonic_ns()}.log"
-    counts, most = [workers()], 0
+    counts, most = [workers(pool)], 0
     with path.open("w") as log:
         job = subprocess.Popen(line, env={**os.environ, **own}, stdout=log, stderr=log)
         deadline = time.monotonic() + 900
         while job.poll() is None and time.monotonic() < deadline:
-            now, most = workers(), max(most, actors(actor))
+            now, most = workers(pool), max(most, actors(actor))
             counts += [now] if now != counts[-1] else []
             time.sleep(1)
         job.kill()
     said = path.read_text()
-    assert job.returncode == 0, said[-4000:]
+    assert (job.returncode != 0) == bool(fails_with), said[-4000:]
+    assert fails_with in said
     assert "the cluster has to grow" in said
     print(counts, most, actor)
     return counts, most
@@ -136,6 +155,17 @@ def test_embedding_grows_a_cluster_of_no_workers_to_its_most_and_lets_them_go(fo
     until_none_is_left()
 
 
+def test_encoders_on_gpus_bring_machines_of_the_pool_that_has_them_and_no_others(folder, tmp_path):
+    """Each encoder asks for a GPU, finds none on its machine, and says so: what happens where a driver is missing."""
+    write_pairs(str(tmp_path), 300, shard_rows=100)
+    embed = ["jobs/embed.py", "--data", str(tmp_path), "--output", str(folder / "gpu"), "--num_encoders", str(MOST)]
+    said = "device 'cuda' is not here: this machine has 0 CUDA devices"
+    counts, _ = follow(folder, "ShardEmbedder", *embed, "--use_gpu", "true", pool="gpu", fails_with=said)
+    assert (counts[0], max(counts)) == (0, MOST)
+    assert workers("decode") == 0
+    until_none_is_left()
+
+
 def test_a_held_share_of_a_gallery_brings_the_node_that_has_its_memory(folder, tmp_path):
     """Three shares of 75 MB for nodes that give out 110 MB."""
     encoder = load_encoder("scenes-tiny", device="cpu")
@@ -154,7 +184,7 @@ def test_a_held_share_of_a_gallery_brings_the_node_that_has_its_memory(folder, t
                 "--num_shards", str(MOST), "--queries_per_part", "30", "--alpha", "0.8"]  # fmt: skip
     counts, shares = follow(folder, "Shard", *retrieve)
     assert (counts[0], max(counts), shares) == (0, MOST, MOST)
-    result = json.loads((folder / "storage" / "batch_retrieve" / "held" / "result.json").read_text())
+    result = files.read_json("s3://cir/runs/batch_retrieve/held/result.json")
     assert (result["num_answered"], result["num_parts"]) == (90, 3)
     until_none_is_left()
 
