@@ -134,8 +134,7 @@ class Manifest:
 
 def part_info(value: Mapping[str, Any]) -> PartInfo:
     """Parse a PartInfo from JSON."""
-    *others, columns = _json_values(value)
-    return PartInfo(*others, tuple(columns))
+    return PartInfo(*_json_values({**value, "columns": tuple(value["columns"])}))
 
 
 def part_name(index: int) -> str:

@@ -30,7 +30,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from network_policies import let_through
 from processes import (
@@ -282,8 +281,8 @@ def kill(name: str) -> None:
 
 def evict(name: str) -> None:
     """End a node as Kubernetes ends a pod: its first process gets SIGTERM. Ray tells the cluster, and goes later."""
-    record = _known(name)
-    inside = psutil.Process(record["pid"]).children()  # of `unshare`: the first process of the node's own namespace
+    leader = alive(_known(name))
+    inside = leader.children() if leader else []  # of `unshare`: the first process of the node's own namespace
     if not inside:
         raise StartError(f"{name} has ended; `network.py up` replaces it")
     inside[0].terminate()
