@@ -168,6 +168,7 @@ def train_workers():
     return [process for process in found if "ray::RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_leaves_a_checkpoint(servers, pairs, tiny_model_dir, uninterrupted):
     """None is due before the run's end; the same command ends in the weights of a run that was left alone."""
     given = arguments(pairs, tiny_model_dir, "stopped", checkpoint_every_steps=1000)
